@@ -1,0 +1,1 @@
+"""How graphs are changed: passes, rewrite rules, the matcher and pipelines. Knows no trick itself."""

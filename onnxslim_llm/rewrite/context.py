@@ -1,0 +1,26 @@
+"""What a pass may know about the compile that it is part of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onnxslim_llm.targets.base import Target
+
+__all__ = ["Context"]
+
+
+@dataclass
+class Context:
+    """Surroundings of a pass.
+
+    Attributes:
+        target: Where the artifact will run; None while inspecting or testing a single pass.
+        seed: Seed for everything random, so that a compile is reproducible.
+        notes: One-line remarks for the user; passes append to it.
+    """
+
+    target: Target | None = None
+    seed: int = 0
+    notes: list[str] = field(default_factory=list)

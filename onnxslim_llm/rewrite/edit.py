@@ -1,0 +1,153 @@
+"""Changes to a graph that keep it whole: new nodes, replaced tensors, removed nodes.
+
+graphsurgeon compares tensors by name, so everything here goes by identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxslim_llm.ir.weights import constant
+
+if TYPE_CHECKING:
+    from onnxslim_llm.ir.model import Model
+
+__all__ = ["Builder", "detach", "redirect", "remove_dead", "replace_output"]
+
+
+class Builder:
+    """Makes nodes: `op.Add(x, y)`, `op.call("com.microsoft", "MatMulNBits", a, b, K=64)`.
+
+    The nodes are collected in `nodes`, in order; the caller puts them into the graph.
+    """
+
+    def __init__(self, model: Model, hint: str) -> None:
+        self._model = model
+        self._hint = hint
+        self.nodes: list[gs.Node] = []
+
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        if op.startswith("_"):
+            raise AttributeError(op)
+        return lambda *inputs, **attrs: self.call("", op, *inputs, **attrs)
+
+    def call(self, domain: str, op: str, *inputs: Any, _outputs: int = 1, _name: str = "", **attrs: Any) -> Any:
+        """Add a node; an input may be None (omitted), a number, a list or an array (becomes a constant)."""
+        name = self._model.fresh_name(_name or f"{self._hint}/{op}")
+        outputs = [gs.Variable(self._model.fresh_name(f"{name}_output_{i}")) for i in range(_outputs)]
+        tensors = [self._operand(value, f"{name}_input_{i}") for i, value in enumerate(inputs)]
+        present = {k: v for k, v in attrs.items() if v is not None}
+        self.nodes.append(gs.Node(op, name, present, tensors, outputs, domain or None))
+        return outputs[0] if _outputs == 1 else tuple(outputs)
+
+    def constant(self, value: Any, hint: str = "") -> gs.Constant:
+        """Return a new initializer with the given value or `Weight`."""
+        return constant(self._model.fresh_name(hint or f"{self._hint}/constant"), value)
+
+    def _operand(self, value: Any, hint: str) -> gs.Tensor:
+        if value is None:
+            return gs.Variable.empty()
+        if isinstance(value, gs.Tensor):
+            return value
+        array = np.asarray(value)
+        if array.dtype == np.float64:  # Python floats; ONNX models compute in float32
+            array = array.astype(np.float32)
+        return self.constant(array, hint)
+
+
+def redirect(old: gs.Variable, new: gs.Tensor) -> None:
+    """Let every node that reads `old`, in subgraphs too, read `new`."""
+    for user in {id(n): n for n in old.outputs}.values():
+        for i, tensor in enumerate(user.inputs):
+            if tensor is old:
+                user.inputs[i] = new
+
+
+def replace_output(old: gs.Variable, new: gs.Tensor, fresh: Iterable[gs.Node], graph_outputs: set[int]) -> bool:
+    """Put `new` in the place of the node output `old`, keeping the name of `old` where it is still needed.
+
+    Args:
+        old: An output of the matched subgraph; its producer is detached from it.
+        new: An output of one of the `fresh` nodes, or any tensor that exists already.
+        fresh: Nodes made by the rewrite.
+        graph_outputs: Identities of all tensors that are outputs of a graph.
+
+    Returns:
+        False if `old` is a graph output that cannot take over the name of `new` (an Identity has to stay); nothing
+        was changed then.
+    """
+    if new is old:
+        return True
+    for node in fresh:
+        for i, tensor in enumerate(node.outputs):
+            if tensor is new:
+                _drop_output(old)
+                redirect(tensor, old)  # a fresh node may read another one's output
+                old.dtype = old.dtype if old.dtype is not None else tensor.dtype
+                old.shape = old.shape if old.shape is not None else tensor.shape
+                node.outputs[i] = old
+                return True
+    if id(old) not in graph_outputs:
+        _drop_output(old)
+        redirect(old, new)
+        return True
+    if not isinstance(new, gs.Variable) or len(new.inputs) != 1 or id(new) in graph_outputs:
+        return False
+    producer = new.inputs[0]
+    if not _same_graph(producer, old.inputs[0]):
+        return False
+    _drop_output(old)
+    redirect(new, old)
+    producer.outputs[_index(producer.outputs, new)] = old
+    return True
+
+
+def _same_graph(a: gs.Node, b: gs.Node) -> bool:
+    home = getattr(a, "home", None)
+    return home is not None and home is getattr(b, "home", None)
+
+
+def _index(tensors: Iterable[gs.Tensor], wanted: gs.Tensor) -> int:
+    return next(i for i, t in enumerate(tensors) if t is wanted)
+
+
+def _drop_output(tensor: gs.Variable) -> None:
+    """Take `tensor` from its producer, leaving an unused placeholder so that other outputs keep their position."""
+    for node in list(tensor.inputs):
+        node.outputs[_index(node.outputs, tensor)] = gs.Variable.empty()
+
+
+def detach(node: gs.Node) -> None:
+    """Cut a node, and the nodes of its subgraphs, off from all tensors."""
+    for graph in node.subgraphs(recursive=True):
+        for inner in graph.nodes:
+            inner.inputs.clear()
+            inner.outputs.clear()
+    node.inputs.clear()
+    node.outputs.clear()
+
+
+def remove_dead(candidates: Iterable[gs.Node], graph_outputs: set[int]) -> list[gs.Node]:
+    """Detach those of `candidates`, and of the nodes before them, whose outputs nobody reads any more.
+
+    Returns:
+        The detached nodes; the caller takes them out of the graph's node list.
+    """
+    dead: list[gs.Node] = []
+    stack = list(candidates)
+    seen: set[int] = set()
+    while stack:
+        node = stack.pop()
+        if id(node) in seen or any(t.outputs or id(t) in graph_outputs for t in node.outputs if not t.is_empty()):
+            continue
+        seen.add(id(node))
+        inner = [t for g in node.subgraphs(recursive=True) for n in g.nodes for t in n.inputs]
+        producers = [t.inputs[0] for t in (*node.inputs, *inner) if isinstance(t, gs.Variable) and t.inputs]
+        detach(node)
+        dead.append(node)
+        stack.extend(producers)
+    return dead

@@ -1,0 +1,1 @@
+"""Passes that turn concepts into the operators of a target."""
