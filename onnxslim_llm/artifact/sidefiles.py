@@ -1,0 +1,67 @@
+"""Files that belong to a model without being the model: tokenizer, configuration, chat template, licence."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from onnxslim_llm.artifact.manifest import MANIFEST_NAME, REPORT_NAME
+
+__all__ = ["SIDE_FILE_LIMIT", "carry_side_files", "side_files"]
+
+SIDE_FILE_LIMIT = 64 * 2**20
+"""Bytes. The largest tokenizer.json in use (256 k tokens) has 35 MB; larger files are weights in some disguise."""
+
+# Names that the Hugging Face and ONNX Runtime GenAI layouts give to the files that a runtime needs beside the model.
+_KNOWN = frozenset(
+    "config.json generation_config.json genai_config.json tokenizer.json tokenizer.model tokenizer_config.json "
+    "special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt spiece.model chat_template.jinja "
+    "chat_template.json preprocessor_config.json processor_config.json quantize_config.json".split()
+)
+_WEIGHTS = frozenset(
+    ".onnx .data .onnx_data .safetensors .bin .pt .pth .ckpt .h5 .msgpack .gguf .npy .npz .pb .tflite .ot .weight".split()
+)
+_OURS = frozenset({MANIFEST_NAME, REPORT_NAME})
+
+
+def side_files(folder: Path, *, only_known: bool) -> tuple[list[Path], list[str]]:
+    """The side files that lie directly in `folder`, sorted by name, and notes about those that are left behind.
+
+    Args:
+        folder: The source model's folder.
+        only_known: Take only names that no other file has (for a MODEL that was given as a file: its folder may hold
+            anything); otherwise everything that is small, not hidden and not weights.
+
+    Raises:
+        OSError: The folder cannot be read.
+    """
+    taken: list[Path] = []
+    notes: list[str] = []
+    for path in sorted(folder.iterdir()):
+        hidden_or_ours = path.name.startswith(".") or path.name in _OURS
+        if hidden_or_ours or not path.is_file() or _WEIGHTS.intersection(path.suffixes):
+            continue
+        if only_known and path.name not in _KNOWN:
+            continue
+        size = path.stat().st_size
+        if size > SIDE_FILE_LIMIT:
+            notes.append(f"{path.name} is not carried along: {size} bytes, the limit is {SIDE_FILE_LIMIT}")
+            continue
+        taken.append(path)
+    return taken, notes
+
+
+def carry_side_files(folder: Path, destination: Path, *, only_known: bool) -> tuple[list[str], list[str]]:
+    """Copy the side files of `folder` into `destination`; the names copied, and notes about those left behind.
+
+    A file that is already in `destination` (the compiler wrote it) is never overwritten. Links are copied as files,
+    since a model cache keeps its files behind links.
+
+    Raises:
+        OSError: A file cannot be read or written.
+    """
+    taken, notes = side_files(folder, only_known=only_known)
+    fresh = [path for path in taken if not (destination / path.name).exists()]
+    for path in fresh:
+        shutil.copyfile(path, destination / path.name)
+    return [path.name for path in fresh], notes
