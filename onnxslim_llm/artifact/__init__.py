@@ -1,1 +1,1 @@
-"""The output folder: built beside its final place, journalled for --resume, published by one rename, described by a manifest."""
+"""The output folder: built beside its final place, journalled, published in one step, described by a manifest."""

@@ -13,8 +13,30 @@ __all__ = ["cpu_features", "cpu_name", "package_version", "read_environment", "u
 
 # The instruction sets that decide which matmul kernels run, as /proc/cpuinfo spells them (x86, then Arm).
 _KERNEL_FEATURES = frozenset(
-    "sse4_2 avx avx2 f16c fma avx512f avx512bw avx512_vnni avx512_bf16 avx512_fp16 avx_vnni amx_tile amx_int8 amx_bf16 "
-    "asimd asimdhp asimddp i8mm bf16 sve sve2 sme".split()
+    {
+        "sse4_2",
+        "avx",
+        "avx2",
+        "f16c",
+        "fma",
+        "avx512f",
+        "avx512bw",
+        "avx512_vnni",
+        "avx512_bf16",
+        "avx512_fp16",
+        "avx_vnni",
+        "amx_tile",
+        "amx_int8",
+        "amx_bf16",
+        "asimd",
+        "asimdhp",
+        "asimddp",
+        "i8mm",
+        "bf16",
+        "sve",
+        "sve2",
+        "sme",
+    }
 )
 
 

@@ -26,9 +26,7 @@ def file_sha256(path: Path) -> str:
 
 def hash_files(root: Path, names: Iterable[str]) -> list[FileEntry]:
     """Manifest entries (path relative to `root`, bytes, sha256) of the files `names`, in that order."""
-    return [
-        FileEntry(path=name, bytes=(root / name).stat().st_size, sha256=file_sha256(root / name)) for name in names
-    ]
+    return [FileEntry(path=name, bytes=(root / name).stat().st_size, sha256=file_sha256(root / name)) for name in names]
 
 
 class BackgroundHasher:

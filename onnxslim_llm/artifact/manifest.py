@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -262,4 +263,4 @@ def json_schema() -> str:
 
 
 if __name__ == "__main__":
-    print(json_schema(), end="")
+    sys.stdout.write(json_schema())

@@ -6,8 +6,8 @@
         staging.publish()
 
 For DIR = a/b the work happens in a/.b.partial under the lock a/.b.lock. Killed at any moment, DIR is the old folder or
-the new one (or absent, if there was none before). Where the file system cannot swap two folders, the old one is a/.b.old
-for an instant, and the next start puts it back if the new one did not arrive.
+the new one (or absent, if there was none before). Where the file system cannot swap two folders, the old one is
+a/.b.old for an instant, and the next start puts it back if the new one did not arrive.
 """
 
 from __future__ import annotations

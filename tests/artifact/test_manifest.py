@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from onnxslim_llm.artifact.manifest import Manifest, created_now, json_schema, read_manifest
 from onnxslim_llm.errors import ModelError
-from tests.artifact.conftest import Fill
+
+Fill = Callable[[Path, int], Manifest]
 
 ROOT = Path(__file__).resolve().parents[2]
 
