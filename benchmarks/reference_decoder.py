@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -102,7 +102,7 @@ class _Graph:
         self.weights: list[_Weight] = []
         self.scope = ""
 
-    def op(self, kind: str, *inputs: str, out: str = "", **attributes: object) -> str:
+    def op(self, kind: str, *inputs: str, out: str = "", **attributes: Any) -> str:
         name = f"{self.scope}/{kind}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, inputs, [out or f"{name}_output"], name=name, **attributes))
         return out or f"{name}_output"
@@ -225,7 +225,7 @@ def _graph(spec: DecoderSpec) -> tuple[_Graph, onnx.ModelProto]:
     """The whole model without its large weights, which `_Graph.weights` lists in file order."""
     g = _Graph(spec)
     element, ids = _ELEMENT[spec.dtype], TensorProto.INT64
-    past_dims = ["batch_size", spec.kv_heads, "past_sequence_length", spec.head_dim]
+    past_dims: list[str | int | None] = ["batch_size", spec.kv_heads, "past_sequence_length", spec.head_dim]
     total = "total_sequence_length" if spec.cache else "sequence_length"
     inputs = [helper.make_tensor_value_info("input_ids", ids, ["batch_size", "sequence_length"])]
     if spec.mask:
@@ -237,7 +237,7 @@ def _graph(spec: DecoderSpec) -> tuple[_Graph, onnx.ModelProto]:
     for i in range(spec.layers if spec.cache else 0):
         for part in ("key", "value"):
             inputs.append(helper.make_tensor_value_info(f"past_key_values.{i}.{part}", element, past_dims))
-            dims = [*past_dims[:2], total, spec.head_dim]
+            dims: list[str | int | None] = [*past_dims[:2], total, spec.head_dim]
             outputs.append(helper.make_tensor_value_info(f"present.{i}.{part}", element, dims))
     g.scope = "/model"
     past = g.size("past_key_values.0.key", 2) if spec.cache else g.ints(0)

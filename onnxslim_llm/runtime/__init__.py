@@ -1,0 +1,1 @@
+"""Running a model: sessions, decoders with their cache, generation, tokenizers, measuring."""

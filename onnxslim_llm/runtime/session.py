@@ -1,0 +1,263 @@
+"""Open and run a model in ONNX Runtime, with every failure turned into an error that names the node.
+
+onnxruntime is imported on first use: a compile without verification never loads it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+
+from onnxslim_llm.errors import ModelError, ResourceError, SlimError, UsageError
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+__all__ = ["Session", "TensorInfo", "inputs_of", "open_session", "outputs_of"]
+
+Dim = int | str | None
+Array = np.ndarray[Any, np.dtype[Any]]
+
+# ORT's own log repeats what its exceptions say; only fatal messages are let through to stderr.
+_LOG_FATAL = 4
+
+_ORT_DTYPES: dict[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(bfloat16)": ml_dtypes.bfloat16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int16)": np.int16,
+    "tensor(int8)": np.int8,
+    "tensor(uint64)": np.uint64,
+    "tensor(uint32)": np.uint32,
+    "tensor(uint16)": np.uint16,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+    "tensor(string)": np.str_,
+}
+
+# ORT's texts differ by phase (load, type check, run); each of these finds the node or op that is concerned.
+_WHERE = (
+    re.compile(r"running (?P<op>\w+) node\. Name:'(?P<node>[^']*)'"),
+    re.compile(r"In Node, \(\"(?P<node>[^\"]*)\", (?P<op>\w+)"),
+    re.compile(r"operator \((?P<op>\w+)\) in node \((?P<node>[^)]*)\)"),
+    re.compile(r"Could not find an implementation for (?P<op>\S+) node with name '(?P<node>[^']*)'"),
+    re.compile(r"Node ?\((?P<node>[^)]*)\) Op \((?P<op>\w+)\)"),
+    re.compile(r"Fatal error: (?P<op>\S+?)\(-?\d+\) is not a registered"),
+    re.compile(r"for initializer: (?P<node>\S+?)\.? "),
+)
+_NO_MEMORY = re.compile(r"Failed to allocate memory|bad_alloc|bad allocation|out of memory", re.IGNORECASE)
+_NOISE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : |/onnxruntime_src/\S+ ")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Name, element type and dimensions of a graph input or output.
+
+    Attributes:
+        dtype: numpy type, or None for a type without one (sequences, maps, sub-byte integers).
+        shape: one entry a dimension: its size, its symbolic name or None if unknown; None if the rank is unknown.
+        kind: the type as ONNX Runtime writes it, for messages.
+    """
+
+    name: str
+    dtype: np.dtype[Any] | None
+    shape: tuple[Dim, ...] | None
+    kind: str = ""
+
+    @property
+    def rank(self) -> int | None:
+        """Number of dimensions, None if unknown."""
+        return None if self.shape is None else len(self.shape)
+
+
+class Session:
+    """An open ONNX Runtime session that speaks numpy and `SlimError`.
+
+    Args:
+        inference: the onnxruntime InferenceSession, for example one that a target has opened.
+        where: file or label of the model, for messages.
+    """
+
+    def __init__(self, inference: ort.InferenceSession, where: str = "") -> None:
+        self.inference = inference
+        self.where = where
+        self.inputs = tuple(_from_node_arg(arg) for arg in inference.get_inputs())
+        self.outputs = tuple(_from_node_arg(arg) for arg in inference.get_outputs())
+        self._dtypes = {info.name: info.dtype for info in (*self.inputs, *self.outputs)}
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Run once; returns arrays by output name (all outputs by default).
+
+        Raises:
+            ModelError: ONNX Runtime refused the inputs or a node failed; the node is named.
+            ResourceError: memory ran out.
+        """
+        if any(array.dtype.kind in "OUS" for array in feeds.values()):  # OrtValues hold no strings from numpy
+            names = [info.name for info in self.outputs] if outputs is None else list(outputs)
+            with _ort_errors(self.where, "run"):
+                return dict(zip(names, self.inference.run(names, dict(feeds)), strict=True))
+        values = self.run_values({name: self.value(array) for name, array in feeds.items()}, outputs)
+        return {name: self.array(value) for name, value in values.items()}
+
+    def run_values(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
+        """As `run`, on OrtValues: no copies, and types that numpy lacks (a bfloat16 cache) pass through."""
+        names = [info.name for info in self.outputs] if outputs is None else list(outputs)
+        missing = [info.name for info in self.inputs if info.name not in feeds]
+        if missing:
+            raise ModelError(f"inputs are missing: {', '.join(missing)}", where=self.where)
+        with _ort_errors(self.where, "run"):
+            return dict(zip(names, self.inference.run_with_ort_values(names, dict(feeds)), strict=True))
+
+    def value(self, array: Array) -> Any:
+        """Wrap a numpy array as an OrtValue, which keeps the array alive."""
+        import onnxruntime as ort
+
+        array = np.ascontiguousarray(array)
+        if array.dtype == ml_dtypes.bfloat16:
+            raw = array.view(np.uint16)
+            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, onnx.TensorProto.BFLOAT16)
+        return ort.OrtValue.ortvalue_from_numpy(array)
+
+    def array(self, value: Any) -> Array:
+        """Copy an OrtValue into a numpy array (ml_dtypes for bfloat16).
+
+        Raises:
+            ModelError: the value is no dense tensor.
+        """
+        if not value.is_tensor():
+            raise ModelError(f"an output is a {value.data_type()}, not a tensor", where=self.where)
+        if value.data_type() == "tensor(bfloat16)":
+            buffer = (ctypes.c_char * value.tensor_size_in_bytes()).from_address(value.data_ptr())
+            return np.frombuffer(buffer, dtype=ml_dtypes.bfloat16).reshape(value.shape()).copy()
+        array: Array = value.numpy()
+        return array
+
+    def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> Any:
+        """An OrtValue of `shape`, not initialised; for caches of length 0."""
+        import onnxruntime as ort
+
+        element = onnx.TensorProto.BFLOAT16 if dtype == ml_dtypes.bfloat16 else dtype.type
+        return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), element)
+
+
+def open_session(
+    model: str | Path | onnx.ModelProto,
+    *,
+    threads: int = 0,
+    optimise: bool = True,
+    config: Mapping[str, str] | None = None,
+    base_dir: str | Path | None = None,
+) -> Session:
+    """Open a model on the CPU provider.
+
+    Args:
+        model: a file, or a proto below 2 GiB.
+        threads: threads inside one operator; 0 leaves the choice to ONNX Runtime.
+        optimise: all graph optimisations as in deployment, or none, so that nothing hides an error of the graph.
+        config: session config entries, for example {"session.qdq_matmulnbits_accuracy_level": "1"}.
+        base_dir: folder of the external data of a proto.
+
+    Raises:
+        ModelError: the file is missing or ONNX Runtime refuses the model; the node or op is named.
+        ResourceError: memory ran out, or onnxruntime is not installed.
+        UsageError: a config value is refused.
+    """
+    where = "the model in memory" if isinstance(model, onnx.ModelProto) else str(model)
+    if not isinstance(model, onnx.ModelProto) and not Path(model).is_file():
+        raise ModelError("there is no such model file", where=where)
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise ResourceError(f"onnxruntime cannot be imported: {error}", todo="pip install onnxruntime") from error
+    options = ort.SessionOptions()
+    options.log_severity_level = _LOG_FATAL
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
+    entries = dict(config or {})
+    if base_dir is not None:
+        entries["session.model_external_initializers_file_folder_path"] = str(base_dir)
+    for key, value in entries.items():
+        try:
+            options.add_session_config_entry(key, value)
+        except Exception as error:
+            raise UsageError(f"onnxruntime refuses the session option {key}={value}", todo=str(error)) from error
+    with _ort_errors(where, "open"):
+        source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
+        return Session(ort.InferenceSession(source, options, providers=["CPUExecutionProvider"]), where)
+
+
+def inputs_of(model: Session | onnx.ModelProto) -> tuple[TensorInfo, ...]:
+    """The inputs that a caller must feed: initializers with a default value are left out."""
+    if isinstance(model, Session):
+        return model.inputs
+    defaults = {t.name for t in model.graph.initializer} | {t.values.name for t in model.graph.sparse_initializer}
+    return tuple(_from_value_info(v) for v in model.graph.input if v.name not in defaults)
+
+
+def outputs_of(model: Session | onnx.ModelProto) -> tuple[TensorInfo, ...]:
+    """The outputs of a model, in order."""
+    return model.outputs if isinstance(model, Session) else tuple(_from_value_info(v) for v in model.graph.output)
+
+
+@contextmanager
+def _ort_errors(where: str, phase: str) -> Iterator[None]:
+    try:
+        yield
+    except SlimError:
+        raise
+    except MemoryError as error:
+        raise ResourceError("memory ran out", where=where, todo=_MORE_MEMORY) from error
+    except Exception as error:
+        raise _translate(str(error), where, phase) from error
+
+
+_MORE_MEMORY = "free memory, or use a smaller model, batch or window"
+
+
+def _translate(text: str, where: str, phase: str) -> SlimError:
+    message = " ".join(_NOISE.sub("", text).split())
+    found = next((m for m in (pattern.search(message) for pattern in _WHERE) if m), None)
+    if found:
+        groups = found.groupdict()
+        named = " ".join(part for part in (groups.get("op"), groups.get("node") and f"'{groups['node']}'") if part)
+        where = f"{named} in {where}" if where else named
+    if _NO_MEMORY.search(message):
+        return ResourceError(f"memory ran out in ONNX Runtime: {message}", where=where, todo=_MORE_MEMORY)
+    if phase == "open":
+        todo = "check the model with `onnxslim-llm inspect`"
+        if "is not a registered function/op" in message or "No Op registered" in message:
+            todo = "register the library of this operator, or choose another target"
+        return ModelError(f"ONNX Runtime cannot open the model: {message}", where=where, todo=todo)
+    return ModelError(f"ONNX Runtime failed on the model: {message}", where=where)
+
+
+def _from_node_arg(arg: Any) -> TensorInfo:
+    shape = tuple(d if d is None or isinstance(d, int) else str(d) for d in arg.shape)
+    dtype = _ORT_DTYPES.get(arg.type)
+    return TensorInfo(arg.name, None if dtype is None else np.dtype(dtype), shape, arg.type)
+
+
+def _from_value_info(value: onnx.ValueInfoProto) -> TensorInfo:
+    if not value.type.HasField("tensor_type"):
+        return TensorInfo(value.name, None, None, value.type.WhichOneof("value") or "unknown type")
+    tensor = value.type.tensor_type
+    kind = f"tensor({onnx.TensorProto.DataType.Name(tensor.elem_type).lower()})"
+    shape: tuple[Dim, ...] | None = None
+    if tensor.HasField("shape"):
+        shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim)
+    dtype = _ORT_DTYPES.get(kind)
+    return TensorInfo(value.name, None if dtype is None else np.dtype(dtype), shape, kind)

@@ -1,0 +1,1 @@
+"""Same inputs through source and artifact: cases, figures, gates, quality on text, the guilty pass."""
