@@ -1,0 +1,322 @@
+"""The block quantizer in numpy: the specification that the native kernels must match bit for bit.
+
+Every operation is one float32 operation per element, sums run in the order of k, and nothing is fused, so that any
+vector width gives the same bits. RTN is round-to-nearest over the block's range; search is the data-free weighted
+search of scale and zero point that the k-quants of llama.cpp made known: a grid of ranges, each with its least-squares
+scale (see :func:`_search`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxslim_llm.custom_ops.layout import BlockSpec, Layout, TileBuffers, storage_bits
+
+__all__ = ["GRID_SLACK", "REFITS", "Statistics", "dequantize", "quantize_into", "unpack"]
+
+Floats = npt.NDArray[Any]  # float32 throughout; numpy's stubs turn quotients into float64
+Array = npt.NDArray[Any]
+
+GRID_SLACK = (-1.0, -0.5, 0.5, 1.0, 2.0, 3.0, 4.5, 6.0)
+"""Steps that the search adds to the range, in sixteenths of the number of codes."""
+REFITS = 2
+"""Least-squares scales that the search tries after the grid."""
+
+_SUM_ROWS = 32  # float sums are carried on in double after so many rows
+_HALF_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What quantizing a tile found out; the fields are described in ``quantize.TileResult``."""
+
+    sq_error: float
+    sq_weight: float
+    nonfinite: int
+    first_nonfinite: int | None
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """A tile cut into blocks, each in its own unit: a power of two that brings its largest weight into [1, 2)."""
+
+    spec: BlockSpec
+    x: Floats  # [KB, block, N], in units, 0 beyond K
+    unit: Floats  # [KB, N]
+    inverse_unit: Floats
+    low: Floats  # range of the block together with 0, in units
+    high: Floats
+
+    @property
+    def levels(self) -> float:
+        return float(2**self.spec.bits - 1)
+
+    @property
+    def middle(self) -> float:
+        return float(2 ** (self.spec.bits - 1))
+
+
+@dataclass(frozen=True)
+class _Affine:
+    """w ~ scale * (code - zero), scale in units; inverse is 1 / scale, or 0 for a scale of 0. All are [KB, N]."""
+
+    scale: Floats
+    inverse: Floats
+    zero: Floats
+
+
+def quantize_into(
+    weight: Array, buffers: TileBuffers, first_column: int, method: str, importance: Floats | None
+) -> Statistics:
+    """Quantizes a tile W[K, n] and packs it into the buffers of the whole weight, from ``first_column`` on."""
+    values = weight.astype(np.float32)
+    bad = ~np.isfinite(values)
+    values[bad] = 0.0
+    blocks = _cut(values, buffers.spec)
+    affine = _round_to_nearest(blocks)
+    if method == "search":
+        affine = _search(blocks, affine, _cut_importance(importance, blocks))
+    codes, sq_error, sq_weight = _encode(blocks, affine)
+    _pack(codes, affine.scale * blocks.unit, affine.zero, buffers, first_column, weight.shape[0])
+    return Statistics(sq_error, sq_weight, int(bad.sum()), int(np.argmax(bad)) if bad.any() else None)
+
+
+# --- choosing scale and zero point ------------------------------------------------------------------------------------
+
+
+def _cut(values: Floats, spec: BlockSpec) -> _Blocks:
+    rows, columns = values.shape
+    block, count = spec.block_rows(rows), spec.block_count(rows)
+    padded = np.zeros((count * block, columns), np.float32)
+    padded[:rows] = values
+    x = padded.reshape(count, block, columns)
+    low, high = np.minimum(x.min(axis=1), 0.0), np.maximum(x.max(axis=1), 0.0)
+    exponent = np.clip((np.maximum(high, -low).view(np.int32) >> 23) & 0xFF, 1, 253).astype(np.int32)
+    unit, inverse = (exponent << 23).view(np.float32), ((254 - exponent) << 23).view(np.float32)
+    return _Blocks(spec, x * inverse[:, None], unit, inverse, low * inverse, high * inverse)
+
+
+def _cut_importance(importance: Floats | None, blocks: _Blocks) -> Floats:
+    count, block, _ = blocks.x.shape
+    cut = np.ones(count * block, np.float32)
+    if importance is not None:
+        cut[: importance.size] = importance
+    return cut.reshape(count, block, 1)
+
+
+def _reciprocal(x: Floats) -> Floats:
+    return np.where(x == 0, np.float32(0), np.float32(1) / np.where(x == 0, np.float32(1), x))
+
+
+def _affine(blocks: _Blocks, scale: Floats, zero: Floats) -> _Affine:
+    """With the scale as its stored type holds it."""
+    real = scale * blocks.unit
+    if blocks.spec.scale_dtype == "float16":
+        real = np.clip(real, -_HALF_MAX, _HALF_MAX).astype(np.float16).astype(np.float32)
+    stored = np.where(real == 0, np.float32(0), real * blocks.inverse_unit)
+    return _Affine(stored, _reciprocal(stored), zero)
+
+
+def _spanning_scale(blocks: _Blocks, slack: float) -> Floats:
+    """Scale that spans the range with ``slack`` more steps than there are codes.
+
+    Symmetric codes run from -middle to middle - 1: the extreme of larger magnitude gets -middle, so a positive one has
+    a negative scale.
+    """
+    if not blocks.spec.symmetric:
+        return (blocks.high - blocks.low) / np.float32(blocks.levels + slack)
+    extreme = np.where(blocks.high > -blocks.low, blocks.high, blocks.low)
+    return extreme / np.float32(-(blocks.middle + slack))
+
+
+def _spanning_zero(blocks: _Blocks, inverse: Floats, slack: float) -> Floats:
+    """Integer zero point for a scale; half of the slack lies on either side of the range."""
+    if blocks.spec.symmetric:
+        return np.full_like(inverse, blocks.middle)
+    zero = np.clip(np.rint(-blocks.low * inverse - np.float32(0.5 * slack)), 0, np.float32(blocks.levels))
+    return np.where(inverse == 0, np.float32(blocks.middle), zero)
+
+
+def _round_to_nearest(blocks: _Blocks) -> _Affine:
+    affine = _affine(blocks, _spanning_scale(blocks, 0.0), np.zeros_like(blocks.low))
+    return replace(affine, zero=_spanning_zero(blocks, affine.inverse, 0.0))
+
+
+def _centred_code(blocks: _Blocks, affine: _Affine, k: int) -> Floats:
+    """Code - zero of row k of every block."""
+    steps = np.maximum(blocks.x[:, k] * affine.inverse, -affine.zero)
+    code: Floats = np.rint(np.minimum(steps, np.float32(blocks.levels) - affine.zero))
+    return code
+
+
+def _fit(blocks: _Blocks, affine: _Affine, importance: Floats) -> tuple[Floats, Floats]:
+    """Least-squares scale for the codes of ``affine``, and the energy that it explains."""
+    correlation, energy = np.zeros_like(blocks.low), np.zeros_like(blocks.low)
+    for k in range(blocks.x.shape[1]):
+        code = _centred_code(blocks, affine, k)
+        weighted = importance[:, k] * code
+        correlation += weighted * blocks.x[:, k]
+        energy += weighted * code
+    scale: Floats = correlation / np.where(energy > 0, energy, np.float32(1))
+    return scale, correlation * scale
+
+
+def _error(blocks: _Blocks, affine: _Affine, importance: Floats) -> Floats:
+    error = np.zeros_like(blocks.low)
+    for k in range(blocks.x.shape[1]):
+        difference = blocks.x[:, k] - affine.scale * _centred_code(blocks, affine, k)
+        error += importance[:, k] * difference * difference
+    return error
+
+
+def _search(blocks: _Blocks, nearest: _Affine, importance: Floats) -> _Affine:
+    """Lowers sum d (w - scale * (code - zero))^2 of each block, starting from round-to-nearest.
+
+    For fixed codes the best scale is A / C with A = sum d w (code - zero) and C = sum d (code - zero)^2; it explains
+    A^2 / C. The grid keeps the range whose codes explain most; the winner is refined by choosing codes anew for its
+    least-squares scale, and taken only where its true error, with the scale as stored, is smaller.
+    """
+    best, best_error = nearest, _error(blocks, nearest, importance)
+    scale, best_gain = _fit(blocks, nearest, importance)
+    zero = nearest.zero
+    for sixteenths in GRID_SLACK:
+        slack = sixteenths * (blocks.levels + 1) / 16
+        spanning = _spanning_scale(blocks, slack)
+        inverse = _reciprocal(spanning)
+        candidate = _Affine(spanning, inverse, _spanning_zero(blocks, inverse, slack))
+        fitted, gain = _fit(blocks, candidate, importance)
+        better = gain > best_gain
+        best_gain = np.where(better, gain, best_gain)
+        scale, zero = np.where(better, fitted, scale), np.where(better, candidate.zero, zero)
+    for _ in range(REFITS):
+        candidate = _affine(blocks, scale, zero)
+        error = _error(blocks, candidate, importance)
+        better = error < best_error
+        best_error = np.where(better, error, best_error)
+        best = _Affine(
+            np.where(better, candidate.scale, best.scale),
+            np.where(better, candidate.inverse, best.inverse),
+            np.where(better, candidate.zero, best.zero),
+        )
+        scale, _gain = _fit(blocks, candidate, importance)
+    return best
+
+
+def _encode(blocks: _Blocks, affine: _Affine) -> tuple[Array, float, float]:
+    """Codes [KB, block, N] as uint8, squared error and squared weight of the tile."""
+    codes = np.empty(blocks.x.shape, np.uint8)
+    error, weight = np.zeros(affine.zero.shape), np.zeros(affine.zero.shape)
+    for start in range(0, blocks.x.shape[1], _SUM_ROWS):
+        chunk_error, chunk_weight = np.zeros_like(affine.zero), np.zeros_like(affine.zero)
+        for k in range(start, min(start + _SUM_ROWS, blocks.x.shape[1])):
+            x, code = blocks.x[:, k], _centred_code(blocks, affine, k)
+            difference = x - affine.scale * code
+            chunk_error += difference * difference
+            chunk_weight += x * x
+            codes[:, k] = code + affine.zero
+        error += chunk_error
+        weight += chunk_weight
+    squared_unit = blocks.unit.astype(np.float64) ** 2
+    return codes, _ordered_sum(error * squared_unit), _ordered_sum(weight * squared_unit)
+
+
+def _ordered_sum(blocks_by_columns: npt.NDArray[np.float64]) -> float:
+    """Sums over the blocks of each column, then over columns, one after the other (np.sum would pair them up)."""
+    by_column = np.cumsum(blocks_by_columns, axis=0)[-1]
+    return float(np.cumsum(by_column)[-1])
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def _pack_bits(codes: Array, bits: int) -> Array:
+    """Packs the last axis, lowest bits first, padded with zero bits to whole bytes."""
+    planes = (codes[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
+    return np.packbits(planes.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
+
+
+def _unpack_bits(packed: Array, bits: int, count: int) -> Array:
+    planes = np.unpackbits(packed, axis=-1, count=count * bits, bitorder="little")
+    shifted = planes.reshape(*packed.shape[:-1], count, bits) << np.arange(bits, dtype=np.uint8)
+    codes: Array = shifted.sum(-1, dtype=np.uint8)
+    return codes
+
+
+def _pack(codes: Array, scales: Floats, zero: Floats, buffers: TileBuffers, first_column: int, rows: int) -> None:
+    """Puts codes [KB, block, N] and scales, zeros [KB, N] of a tile where the layout wants them."""
+    spec, layout = buffers.spec, buffers.layout
+    bits, columns = storage_bits(spec, layout), codes.shape[2]
+    zeros = zero.astype(np.uint8)
+    mine = slice(first_column, first_column + columns)
+    if layout is Layout.NBITS:
+        filled = codes.copy()
+        short = rows - (codes.shape[0] - 1) * codes.shape[1]
+        filled[-1, short:] = zeros[-1]
+        buffers.codes[mine] = _pack_bits(filled.transpose(2, 0, 1), bits)
+        buffers.scales[mine] = scales.T
+        if buffers.zero_points is not None:
+            buffers.zero_points[mine] = _pack_bits(zeros.T, bits)
+        return
+    matrix = codes.reshape(-1, columns)[:rows]
+    if spec.symmetric:
+        matrix = (matrix - np.uint8(2 ** (spec.bits - 1))) & np.uint8(2**bits - 1)
+    if layout is Layout.BLOCKED_KN:
+        buffers.scales[:, mine] = scales
+        _put_columns(buffers.codes, matrix, bits, first_column, buffers.columns)
+        if buffers.zero_points is not None:
+            _put_columns(buffers.zero_points, zeros, bits, first_column, buffers.columns)
+    else:
+        buffers.scales[mine] = scales.T
+        _put_flat(buffers.codes, matrix.T, bits, first_column)
+        if buffers.zero_points is not None:
+            _put_flat(buffers.zero_points, zeros.T, bits, first_column)
+
+
+def _put_columns(to: Array, matrix: Array, bits: int, first_column: int, total_columns: int) -> None:
+    if matrix.shape[1] == total_columns:
+        to[:] = _pack_bits(matrix.reshape(-1), bits)
+        return
+    start = first_column * bits // 8
+    packed = _pack_bits(matrix, bits)
+    to.reshape(matrix.shape[0], -1)[:, start : start + packed.shape[1]] = packed
+
+
+def _put_flat(to: Array, matrix: Array, bits: int, first_row: int) -> None:
+    start = first_row * matrix.shape[1] * bits // 8
+    packed = _pack_bits(matrix.reshape(-1), bits)
+    to[start : start + packed.size] = packed
+
+
+def unpack(buffers: TileBuffers) -> tuple[Array, Array, Array]:
+    """Codes [K, N] (unsigned), scales [KB, N] and zeros [KB, N] of a whole quantized weight, whatever its layout."""
+    spec, rows, columns = buffers.spec, buffers.rows, buffers.columns
+    bits, block, count = storage_bits(spec, buffers.layout), spec.block_rows(rows), spec.block_count(rows)
+    zeros = np.full((count, columns), 2 ** (spec.bits - 1), np.uint8)
+    if buffers.layout is Layout.NBITS:
+        codes = _unpack_bits(buffers.codes, bits, block).reshape(columns, -1)[:, :rows].T
+        if buffers.zero_points is not None:
+            zeros = _unpack_bits(buffers.zero_points, bits, count).T
+        return codes, buffers.scales.T, zeros
+    flat = _unpack_bits(buffers.codes, bits, rows * columns)
+    if spec.symmetric:
+        flat = (flat + np.uint8(2 ** (spec.bits - 1))) & np.uint8(2**bits - 1)
+    if buffers.zero_points is not None:
+        zeros = _unpack_bits(buffers.zero_points, bits, count * columns).reshape(zeros.shape)
+    if buffers.layout is Layout.BLOCKED_KN:
+        return flat.reshape(rows, columns), buffers.scales, zeros
+    if buffers.zero_points is not None:
+        zeros = zeros.reshape(columns, count).T
+    return flat.reshape(columns, rows).T, buffers.scales.T, zeros
+
+
+def dequantize(buffers: TileBuffers) -> Floats:
+    """The weight [K, N] that the codes stand for, float32."""
+    codes, scales, zeros = unpack(buffers)
+    block = buffers.spec.block_rows(buffers.rows)
+    scale = np.repeat(scales.astype(np.float32), block, axis=0)[: buffers.rows]
+    zero = np.repeat(zeros.astype(np.float32), block, axis=0)[: buffers.rows]
+    return (codes.astype(np.float32) - zero) * scale
