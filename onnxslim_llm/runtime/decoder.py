@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from onnxslim_llm.errors import ModelError, UsageError
@@ -200,9 +201,10 @@ def _square_mask(mask: Array, past: int, dtype: np.dtype[Any]) -> Array:
     total = mask.shape[1]
     causal = np.arange(total)[None, :] <= np.arange(past, total)[:, None]
     keep: Array = causal[None, None] & (mask[:, None, None, :] > 0)
-    if dtype.kind != "f":
+    if dtype.kind in "biu":
         return keep
-    added: Array = np.where(keep, np.zeros((), dtype), np.finfo(dtype).min)
+    lowest = ml_dtypes.finfo(dtype).min  # type: ignore[no-untyped-call]  # numpy's finfo refuses bfloat16
+    added: Array = np.where(keep, np.zeros((), dtype), np.asarray(lowest, dtype))
     return added
 
 
@@ -214,7 +216,7 @@ def _extra_value(extra: Extra, shape: Sequence[int], past: int, mask: Array) -> 
     if extra.role == "steps":
         return np.arange(past, total).astype(extra.dtype)
     if extra.role == "last_index":  # onnxruntime's GroupQueryAttention counts real tokens, minus one
-        value = (mask.sum(axis=1) - 1).astype(extra.dtype)
+        value: Array = (mask.sum(axis=1) - 1).astype(extra.dtype)
         return value if extra.rank < 2 else value[:, None]
     number = {"zero": 0, "has_past": past > 0, "past_length": past, "total_length": total}[extra.role]
     return np.full((1,) * extra.rank, number, extra.dtype)
