@@ -1,0 +1,1 @@
+"""The model in memory: onnx-graphsurgeon graphs, read and written without loss, with weights that stay on disk."""

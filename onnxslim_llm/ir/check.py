@@ -1,0 +1,127 @@
+"""Is the graph one that can run: one producer per tensor, no cycles, operator sets that exist."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import networkx as nx
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import defs
+
+from onnxslim_llm.errors import ModelError
+from onnxslim_llm.ir.ownership import owned_constants, subgraphs
+from onnxslim_llm.ir.reader import describe
+
+if TYPE_CHECKING:
+    from onnxslim_llm.ir.model import Model
+
+__all__ = ["check_model", "check_opsets"]
+
+_AGAIN = "the model is invalid: export it again"
+
+
+def check_opsets(imports: Iterable[onnx.OperatorSetIdProto], where: str) -> int:
+    """Return the version of ai.onnx that is imported; 0 if it is not.
+
+    Raises:
+        ModelError: A version is below 1, or newer than the installed onnx package knows.
+    """
+    newest = defs.onnx_opset_version()
+    standard = 0
+    for item in imports:
+        name = item.domain or "ai.onnx"
+        if item.version < 1:
+            raise ModelError(f"opset {item.version} of {name} does not exist", where=where, todo=_AGAIN)
+        if name == "ai.onnx":
+            standard = item.version
+            if standard > newest:
+                raise ModelError(
+                    f"opset {standard} of ai.onnx is unknown: the installed onnx {onnx.__version__} knows up to {newest}",
+                    where=where,
+                    todo="install a newer onnx package, or export for an older opset",
+                )
+    return standard
+
+
+def check_model(model: Model) -> list[str]:
+    """Check all graphs of a model; return notes on what is unusual but allowed.
+
+    Raises:
+        ModelError: It names the tensor or node.
+    """
+    notes: list[str] = []
+    for graph, outer in [(model.graph, frozenset()), *((function, frozenset()) for function in model.functions)]:
+        _check_graph(graph, outer, notes)
+    return notes
+
+
+def _check_graph(graph: gs.Graph, outer: frozenset[str], notes: list[str]) -> None:
+    producers: dict[str, gs.Node | None] = {}
+    for tensor in (*graph.inputs, *owned_constants(graph)):
+        producers.setdefault(tensor.name, None)
+    for node in graph.nodes:
+        for tensor in node.outputs:
+            if not tensor.name:
+                continue
+            if tensor.name in producers:
+                raise ModelError(
+                    f"tensor '{tensor.name}' is produced more than once", where=describe(node), todo=_AGAIN
+                )
+            producers[tensor.name] = node
+    visible = outer | producers.keys()
+    made = outer | {name for name, node in producers.items() if node is None}
+    done = set(made)
+    sorted_so_far = True
+    needs: list[dict[str, None]] = []
+    for node in graph.nodes:
+        wanted = dict.fromkeys(tensor.name for tensor in node.inputs if tensor.name)
+        for name in wanted:
+            if name not in visible:
+                raise ModelError(
+                    f"tensor '{name}' is never produced", where=f"it is an input of {describe(node)}", todo=_AGAIN
+                )
+        for subgraph in subgraphs(node):
+            _check_graph(subgraph, frozenset(visible), notes)
+            wanted.update(dict.fromkeys(_captured(subgraph)))
+        sorted_so_far = sorted_so_far and all(name in done for name in wanted if name in visible)
+        done.update(tensor.name for tensor in node.outputs)
+        needs.append(wanted)
+    for tensor in graph.outputs:
+        if tensor.name not in visible:
+            raise ModelError(f"tensor '{tensor.name}' is never produced", where="it is a graph output", todo=_AGAIN)
+    if not sorted_so_far:
+        _check_cycles(graph, producers, needs)
+        notes.append(f"the nodes of graph '{graph.name}' are not in topological order")
+
+
+def _check_cycles(graph: gs.Graph, producers: dict[str, gs.Node | None], needs: list[dict[str, None]]) -> None:
+    edges = nx.DiGraph()
+    for node, wanted in zip(graph.nodes, needs, strict=True):
+        for name in wanted:
+            producer = producers.get(name)
+            if producer is not None:
+                edges.add_edge(id(producer), id(node), tensor=name)
+    try:
+        cycle = nx.find_cycle(edges)
+    except nx.NetworkXNoCycle:
+        return
+    by_id = {id(node): node for node in graph.nodes}
+    raise ModelError(
+        f"the graph has a cycle of {len(cycle)} nodes through tensor '{edges.edges[cycle[0][:2]]['tensor']}'",
+        where=describe(by_id[cycle[0][0]]),
+        todo=_AGAIN,
+    )
+
+
+def _captured(graph: gs.Graph) -> set[str]:
+    """Names that a subgraph and its subgraphs take from around it."""
+    local = {tensor.name for tensor in (*graph.inputs, *owned_constants(graph))}
+    wanted: set[str] = {tensor.name for tensor in graph.outputs}
+    for node in graph.nodes:
+        local.update(tensor.name for tensor in node.outputs)
+        wanted.update(tensor.name for tensor in node.inputs if tensor.name)
+        for subgraph in subgraphs(node):
+            wanted |= _captured(subgraph)
+    return wanted - local

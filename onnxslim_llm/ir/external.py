@@ -1,0 +1,119 @@
+"""Where the bytes of external tensors are, checked before anything is read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from onnx import TensorProto
+
+from onnxslim_llm.errors import ModelError
+from onnxslim_llm.ir import dtypes
+from onnxslim_llm.ir.mapping import MappedFile
+from onnxslim_llm.ir.stored import MappedWeight
+
+__all__ = ["ExternalFiles"]
+
+
+class ExternalFiles:
+    """The weight files of one model.
+
+    Args:
+        folder: The folder of the model file. External locations are relative to it and may not leave it; None if the
+            model is not from a file, and then it may have no external tensors.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._files: dict[str, MappedFile] = {}
+
+    def weight(self, proto: TensorProto) -> MappedWeight:
+        """Return the weight behind an external tensor. Checks bounds; reads nothing.
+
+        Raises:
+            ModelError: The location leaves the folder; the file is missing or too short; offset or length are no
+                numbers, out of range, or do not fit the shape.
+        """
+        where = f"tensor '{proto.name}'"
+        entries = {entry.key: entry.value for entry in proto.external_data}
+        location = entries.get("location", "")
+        file = self._file(location, where)
+        where += f", file '{location}'"
+        offset = _number(entries.get("offset", "0"), "offset", where)
+        if proto.data_type == TensorProto.STRING:
+            raise ModelError("string tensors cannot be stored externally", where=where, todo="export the model again")
+        if dtypes.numpy_dtype(proto.data_type) is None:
+            raise ModelError(
+                f"unknown element type {proto.data_type}", where=where, todo="a newer onnx package may know it"
+            )
+        if any(dim < 0 for dim in proto.dims):
+            raise ModelError(f"negative dimension in {list(proto.dims)}", where=where, todo="export the model again")
+        needed = dtypes.packed_nbytes(proto.dims, proto.data_type)
+        if "length" in entries:
+            length = _number(entries["length"], "length", where)
+            if length != needed:
+                kind = dtypes.dtype_name(proto.data_type)
+                raise ModelError(
+                    f"external length {length} does not fit {kind} {list(proto.dims)}, which takes {needed} bytes",
+                    where=where,
+                    todo="export the model again",
+                )
+        if offset + needed > file.size:
+            raise ModelError(
+                f"external data is too short: bytes {offset} to {offset + needed} wanted, the file has {file.size}",
+                where=where,
+                todo="the file is incomplete: download or copy it again",
+            )
+        return MappedWeight(file, offset, tuple(proto.dims), proto.data_type, proto)
+
+    def add(self, file: MappedFile) -> MappedFile:
+        """Remember a file that is mapped already; returns it."""
+        self._files[str(file.path)] = file
+        return file
+
+    def _file(self, location: str, where: str) -> MappedFile:
+        if self.folder is None:
+            raise ModelError(
+                "the model has external data, but it is not known in which folder",
+                where=where,
+                todo="open the model from its file, or give base_dir",
+            )
+        path = self._resolve(self.folder, location, where)
+        known = self._files.get(str(path))
+        if known is None:
+            try:
+                known = MappedFile(path)
+            except OSError as error:
+                raise ModelError(
+                    f"external data cannot be opened: {error.strerror}",
+                    where=f"{where}, file '{location}'",
+                    todo="put the file beside the model",
+                ) from error
+            self._files[str(path)] = known
+        return known
+
+    @staticmethod
+    def _resolve(folder: Path, location: str, where: str) -> Path:
+        refuse = ModelError(
+            "external data outside of the model's folder is refused",
+            where=f"{where}, location '{location}'",
+            todo="copy the model and its data files (no symbolic links) into one folder",
+        )
+        if not location or "\0" in location:
+            raise ModelError("external tensor without a location", where=where, todo="export the model again")
+        if PurePosixPath(location).is_absolute() or PureWindowsPath(location).anchor:
+            raise refuse
+        root = os.path.realpath(folder)
+        target = os.path.realpath(os.path.join(root, location))
+        if os.path.commonpath([root, target]) != root:
+            raise refuse
+        path = Path(target)
+        if path.exists() and not path.is_file():
+            raise ModelError("external data is not a regular file", where=f"{where}, file '{location}'")
+        return path
+
+
+def _number(text: str, what: str, where: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise ModelError(f"external {what} '{text}' is no non-negative number", where=where, todo="export the model again")
+    return int(text)

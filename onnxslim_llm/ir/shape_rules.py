@@ -1,0 +1,384 @@
+"""How operators of the standard domain pass on shapes, for `symbolic.SymbolicValues`.
+
+A rule returns one shape an output; None is an unknown rank, None inside a shape an unknown size. Operators without a
+rule keep what onnx's own inference annotated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxslim_llm.ir.dims import Dim, divide, is_nonnegative, product
+
+__all__ = ["SHAPE_RULES", "NodeView", "Shape", "broadcast", "slice_size"]
+
+#: Slice ends from here on mean "to the end"; exporters write INT32_MAX or INT64_MAX.
+_TO_THE_END = 2**31 - 1
+
+Shape = tuple[Dim | None, ...] | None
+Value = NDArray[Any] | None
+
+
+@dataclass(frozen=True)
+class NodeView:
+    """A node together with what is known about its inputs."""
+
+    node: gs.Node
+    shape_of: Callable[[gs.Tensor], tuple[Dim, ...] | None]
+    value_of: Callable[[gs.Tensor], Value]
+
+    def has(self, index: int) -> bool:
+        """Return whether the input is given."""
+        return index < len(self.node.inputs) and not self.node.inputs[index].is_empty()
+
+    def shape(self, index: int = 0) -> tuple[Dim, ...] | None:
+        """Return the shape of an input; None if it is unknown or the input is missing."""
+        return self.shape_of(self.node.inputs[index]) if self.has(index) else None
+
+    def value(self, index: int = 0) -> Value:
+        """Return the content of an input, see `SymbolicValues.value_of`."""
+        return self.value_of(self.node.inputs[index]) if self.has(index) else None
+
+    def attr(self, name: str, default: Any = None) -> Any:
+        """Return an attribute."""
+        return self.node.attrs.get(name, default)
+
+    def ints(self, name: str, index: int) -> list[int] | None:
+        """Return integers that are an attribute at old opsets and an input at new ones; None if missing or unknown."""
+        if name in self.node.attrs:
+            return [int(v) for v in self.node.attrs[name]]
+        value = self.value(index)
+        if value is None or not all(isinstance(v, int) for v in value.reshape(-1)):
+            return None
+        return [int(v) for v in value.reshape(-1)]
+
+
+def broadcast(*shapes: tuple[Dim, ...] | None) -> Shape:
+    """Return the shape that numpy broadcasting gives; two different symbols meet in an unknown size."""
+    if any(s is None for s in shapes):
+        return None
+    known = [s for s in shapes if s is not None]
+    rank = max((len(s) for s in known), default=0)
+    result: list[Dim | None] = []
+    for axis in range(-rank, 0):
+        size: Dim | None = 1
+        for shape in known:
+            dim = shape[axis] if -axis <= len(shape) else 1
+            size = _meet(size, dim)
+        result.append(size)
+    return tuple(result)
+
+
+def _meet(a: Dim | None, b: Dim) -> Dim | None:
+    if a is None:
+        return b if isinstance(b, int) and b != 1 else None
+    if a == b or b == 1:
+        return a
+    if a == 1:
+        return b
+    if isinstance(a, int):
+        return a
+    return b if isinstance(b, int) else None
+
+
+def slice_size(size: Dim, start: Any, end: Any, step: Any) -> Dim | None:
+    """Return the size of an axis after Slice, or None if it is not known."""
+    if isinstance(size, int) and all(isinstance(v, int) for v in (start, end, step)):
+        return len(range(*slice(start, end, step).indices(size))) if step else None
+    if not isinstance(step, int) or step < 1 or start is None or end is None:
+        return None
+    first = _bound(start, size)
+    last = size if isinstance(end, int) and end >= _TO_THE_END else _bound(end, size)
+    if first is None or last is None or not is_nonnegative(last - first):
+        return None
+    if step == 1:
+        return last - first
+    if not isinstance(start, int) or not 0 <= start < step or last != size:
+        return None
+    parts = divide(size, step)
+    return parts if parts is not None and parts * step == size else None
+
+
+def _bound(position: Any, size: Dim) -> Dim | None:
+    """Return a slice bound counted from the start, if it surely lies within [0, size]."""
+    if isinstance(position, int) and position < 0:
+        position = size + position
+    return position if is_nonnegative(position) and is_nonnegative(size - position) else None
+
+
+def _axis(axis: int, rank: int) -> int:
+    return axis + rank if axis < 0 else axis
+
+
+def _same(v: NodeView) -> list[Shape]:
+    return [v.shape()]
+
+
+def _elementwise(v: NodeView) -> list[Shape]:
+    return [broadcast(*(v.shape(i) for i in range(len(v.node.inputs))))]
+
+
+def _matmul(v: NodeView) -> list[Shape]:
+    a, b = v.shape(0), v.shape(1)
+    if not a or not b:
+        return [None]
+    batch = broadcast(a[:-2], b[:-2]) or ()
+    rows = (a[-2],) if len(a) > 1 else ()
+    columns = (b[-1],) if len(b) > 1 else ()
+    return [(*batch, *rows, *columns)]
+
+
+def _gemm(v: NodeView) -> list[Shape]:
+    a, b = v.shape(0), v.shape(1)
+    if a is None or b is None or len(a) != 2 or len(b) != 2:
+        return [None]
+    return [(a[1] if v.attr("transA", 0) else a[0], b[0] if v.attr("transB", 0) else b[1])]
+
+
+def _transpose(v: NodeView) -> list[Shape]:
+    shape = v.shape()
+    if shape is None:
+        return [None]
+    order = v.attr("perm") or list(reversed(range(len(shape))))
+    return [tuple(shape[axis] for axis in order)]
+
+
+def _unsqueeze(v: NodeView) -> list[Shape]:
+    shape, axes = v.shape(), v.ints("axes", 1)
+    if shape is None or axes is None:
+        return [None]
+    rank = len(shape) + len(axes)
+    new = {_axis(a, rank) for a in axes}
+    rest = iter(shape)
+    return [tuple(1 if i in new else next(rest) for i in range(rank))]
+
+
+def _squeeze(v: NodeView) -> list[Shape]:
+    shape, axes = v.shape(), v.ints("axes", 1)
+    if shape is None or (axes is None and v.has(1)):
+        return [None]
+    if axes is None:
+        return [tuple(d for d in shape if d != 1)] if all(isinstance(d, int) for d in shape) else [None]
+    gone = {_axis(a, len(shape)) for a in axes}
+    return [tuple(d for i, d in enumerate(shape) if i not in gone)]
+
+
+def _reshape(v: NodeView) -> list[Shape]:
+    shape, target = v.shape(), v.value(1)
+    if "shape" in v.node.attrs:
+        target = np.array(v.attr("shape"), object)
+    if target is None or target.ndim != 1:
+        rank = v.shape(1)
+        return [(None,) * rank[0] if rank and isinstance(rank[0], int) else None]
+    dims: list[Dim | None] = []
+    for i, size in enumerate(target):
+        if size == 0 and not v.attr("allowzero", 0):
+            dims.append(shape[i] if shape is not None and i < len(shape) else None)
+        else:
+            dims.append(None if size is None or size == -1 else size)
+    rest = [d for i, d in enumerate(dims) if not (isinstance(target[i], int) and target[i] == -1)]
+    if shape is not None and len(rest) == len(dims) - 1 and None not in rest:
+        dims = [_quotient(shape, [r for r in rest if r is not None]) if d is None else d for d in dims]
+    return [tuple(dims)]
+
+
+def _quotient(whole: Sequence[Dim], parts: Sequence[Dim]) -> Dim | None:
+    """Return what -1 in a Reshape stands for: the product of `whole` over that of `parts`."""
+    above, below = list(whole), list(parts)
+    for part in parts:
+        if part in above:
+            above.remove(part)
+            below.remove(part)
+    quotient = divide(product(above), product(below))
+    return quotient if quotient is not None and quotient * product(below) == product(above) else None
+
+
+def _concat(v: NodeView) -> list[Shape]:
+    shapes = [v.shape(i) for i in range(len(v.node.inputs))]
+    known = [s for s in shapes if s is not None]
+    if len(known) != len(shapes) or not known:
+        return [None]
+    axis = _axis(v.attr("axis", 1), len(known[0]))
+    total: Dim = 0
+    for shape in known:
+        total = total + shape[axis]
+    # The other axes must agree at run time: a number says more than a name.
+    others = [next((d for d in sizes if isinstance(d, int)), sizes[0]) for sizes in zip(*known, strict=True)]
+    return [tuple(total if i == axis else d for i, d in enumerate(others))]
+
+
+def _slice(v: NodeView) -> list[Shape]:
+    shape = v.shape()
+    if shape is None:
+        return [None]
+    dims: list[Dim | None] = list(shape)
+    if "starts" in v.node.attrs:
+        starts, ends = list(v.attr("starts")), list(v.attr("ends"))
+        axes, steps = list(v.attr("axes", range(len(starts)))), [1] * len(starts)
+    else:
+        first, last = v.value(1), v.value(2)
+        given_axes, given_steps = v.ints("axes", 3), v.ints("steps", 4)
+        if (given_axes is None and v.has(3)) or (first is None and given_axes is None):
+            return [(None,) * len(shape)]
+        count = len(given_axes) if given_axes is not None else len(first.reshape(-1)) if first is not None else 0
+        starts = list(first.reshape(-1)) if first is not None else [None] * count
+        ends = list(last.reshape(-1)) if last is not None else [None] * count
+        axes = given_axes if given_axes is not None else list(range(count))
+        steps = given_steps if given_steps is not None else [None if v.has(4) else 1] * count
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        place = _axis(axis, len(shape))
+        dims[place] = slice_size(shape[place], start, end, step)
+    return [tuple(dims)]
+
+
+def _gather(v: NodeView) -> list[Shape]:
+    data, indices = v.shape(0), v.shape(1)
+    if data is None or indices is None:
+        return [None]
+    axis = _axis(v.attr("axis", 0), len(data))
+    return [(*data[:axis], *indices, *data[axis + 1 :])]
+
+
+def _split(v: NodeView) -> list[Shape]:
+    shape, count = v.shape(), len(v.node.outputs)
+    if shape is None:
+        return [None] * count
+    axis = _axis(v.attr("axis", 0), len(shape))
+    sizes: list[Dim | None] = [None] * count
+    given = v.ints("split", 1)
+    if given is not None and len(given) == count:
+        sizes = list(given)
+    elif given is None and not v.has(1) and isinstance(shape[axis], int):
+        size = shape[axis]
+        assert isinstance(size, int)
+        part = -(-size // count)
+        sizes = [min(part, max(0, size - i * part)) for i in range(count)]
+    return [(*shape[:axis], size, *shape[axis + 1 :]) for size in sizes]
+
+
+def _expand(v: NodeView) -> list[Shape]:
+    shape, target = v.shape(), v.value(1)
+    if shape is None or target is None or target.ndim != 1:
+        return [None]
+    rank = max(len(shape), target.size)
+    dims: list[Dim | None] = []
+    for axis in range(-rank, 0):
+        dim: Dim = shape[axis] if -axis <= len(shape) else 1
+        want = target[axis] if -axis <= target.size else 1
+        if want is None:
+            dims.append(dim if isinstance(dim, int) and dim != 1 else None)
+        else:
+            dims.append(_meet(dim, want))
+    return [tuple(dims)]
+
+
+def _reduce(v: NodeView) -> list[Shape]:
+    shape, axes = v.shape(), v.ints("axes", 1)
+    if shape is None or (axes is None and v.has(1)):
+        return [None]
+    keep = bool(v.attr("keepdims", 1))
+    if not axes:
+        if v.attr("noop_with_empty_axes", 0):
+            return [shape]
+        return [(1,) * len(shape) if keep else ()]
+    gone = {_axis(a, len(shape)) for a in axes}
+    return [tuple(1 if i in gone else d for i, d in enumerate(shape) if keep or i not in gone)]
+
+
+def _arg_reduce(v: NodeView) -> list[Shape]:
+    shape = v.shape()
+    if shape is None:
+        return [None]
+    axis = _axis(v.attr("axis", 0), len(shape))
+    middle = (1,) if v.attr("keepdims", 1) else ()
+    return [(*shape[:axis], *middle, *shape[axis + 1 :])]
+
+
+def _shape_shape(v: NodeView) -> list[Shape]:
+    shape = v.shape()
+    if shape is None:
+        return [(None,)]
+    start, end, _ = slice(v.attr("start", 0), v.attr("end")).indices(len(shape))
+    return [(max(0, end - start),)]
+
+
+def _constant_of_shape(v: NodeView) -> list[Shape]:
+    target = v.value()
+    return [tuple(target) if target is not None and target.ndim == 1 else None]
+
+
+def _range(v: NodeView) -> list[Shape]:
+    first, limit, step = (None if (x := v.value(i)) is None or x.size != 1 else x.reshape(-1)[0] for i in range(3))
+    if first is None or limit is None or not isinstance(step, int) or step == 0:
+        return [(None,)]
+    if isinstance(first, int) and isinstance(limit, int):
+        return [(len(range(first, limit, step)),)]
+    return [(limit - first if step == 1 and is_nonnegative(limit - first) else None,)]
+
+
+def _flatten(v: NodeView) -> list[Shape]:
+    shape = v.shape()
+    if shape is None:
+        return [(None, None)]
+    axis = v.attr("axis", 1)
+    axis = axis + len(shape) if axis < 0 else axis
+    return [(product(shape[:axis]), product(shape[axis:]))]
+
+
+def _tile(v: NodeView) -> list[Shape]:
+    shape, repeats = v.shape(), v.value(1)
+    if shape is None or repeats is None or repeats.size != len(shape):
+        return [None if shape is None else (None,) * len(shape)]
+    return [tuple(None if r is None else d * r for d, r in zip(shape, repeats.reshape(-1), strict=True))]
+
+
+def _like_second(v: NodeView) -> list[Shape]:
+    return [v.shape(1)]
+
+
+def _table(rule: Callable[[NodeView], list[Shape]], ops: str) -> dict[str, Callable[[NodeView], list[Shape]]]:
+    return dict.fromkeys(ops.split(), rule)
+
+
+SHAPE_RULES: dict[str, Callable[[NodeView], list[Shape]]] = {
+    **_table(
+        _same,
+        "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast CastLike Ceil Celu Clip Cos Cosh CumSum DequantizeLinear "
+        "Dropout Elu Erf Exp Floor Gelu HardSigmoid HardSwish Hardmax Identity IsInf IsNaN LayerNormalization LeakyRelu "
+        "Log LogSoftmax LpNormalization Mish Neg Not QuantizeLinear RMSNormalization Reciprocal Relu RotaryEmbedding "
+        "Round ScatterElements ScatterND Selu Sigmoid Sign Sin Sinh Softmax Softplus Softsign Sqrt Swish Tan Tanh "
+        "ThresholdedRelu Trilu",
+    ),
+    **_table(
+        _elementwise,
+        "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min "
+        "Mod Mul Or PRelu Pow Sub Sum Where Xor",
+    ),
+    **_table(_reduce, "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd"),
+    **_table(_reduce, "ReduceSum ReduceSumSquare"),
+    **_table(_arg_reduce, "ArgMax ArgMin"),
+    "Concat": _concat,
+    "ConstantOfShape": _constant_of_shape,
+    "Expand": _expand,
+    "Flatten": _flatten,
+    "Gather": _gather,
+    "GatherElements": _like_second,
+    "Gemm": _gemm,
+    "MatMul": _matmul,
+    "Range": _range,
+    "Reshape": _reshape,
+    "Shape": _shape_shape,
+    "Size": lambda v: [()],
+    "Slice": _slice,
+    "Split": _split,
+    "Squeeze": _squeeze,
+    "Tile": _tile,
+    "Transpose": _transpose,
+    "Unsqueeze": _unsqueeze,
+}
