@@ -117,6 +117,7 @@ class Pipeline:
 
 def _run_pass(step: Pass, model: Model, context: Context, gate: Gate | None) -> PassRecord:
     record = PassRecord(step.name, step.options())
+    model.refresh_names()
     before = model.copy() if gate is not None else None
     nodes, size = _node_count(model), model.weight_bytes()
     start = time.perf_counter()
@@ -137,7 +138,8 @@ def _run_pass(step: Pass, model: Model, context: Context, gate: Gate | None) -> 
     if gate is not None and before is not None and change:
         record.rolled_back = gate(step, before, model)
         if record.rolled_back:
-            model.restore(before)
+            model.graph, model.skeleton = before.graph, before.skeleton
+            model.refresh_names()
     record.nodes = (nodes, _node_count(model))
     record.bytes = (size, model.weight_bytes())
     return record

@@ -1,0 +1,45 @@
+"""What a compile does when nobody says otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxslim_llm.ir.model import Model
+from onnxslim_llm.ir.weights import weight_of
+from onnxslim_llm.recipe import Recipe
+
+__all__ = ["LARGE_MATMUL_ELEMENTS", "default_output", "default_recipe"]
+
+#: A model without a MatMul weight of this many elements gains nothing from few bits: scales and graph outweigh it.
+LARGE_MATMUL_ELEMENTS = 16_384
+
+
+def default_output(model: Path) -> Path:
+    """Return `<stem>.slim` in the working folder; for a file called model.onnx the folder's name says more."""
+    stem = model.stem if model.stem != "model" else model.resolve().parent.name
+    return Path(f"{stem}.slim")
+
+
+def default_recipe(model: Model) -> tuple[Recipe, str]:
+    """Return the recipe for a model that came without one, and a sentence that says why."""
+    if not _has_large_matmul(model):
+        return Recipe.load("safe"), "recipe 'safe': the model has no large MatMul, so few-bit weights would not pay"
+    if not any(len(getattr(t, "shape", None) or ()) == 3 for t in model.graph.outputs):
+        return Recipe.load("int8"), "recipe 'int8': the default for models that are no decoders"
+    return Recipe.load("int4"), "recipe 'int4': the default for decoders"
+
+
+def _has_large_matmul(model: Model) -> bool:
+    for graph in model.graphs():
+        for node in graph.nodes:
+            if node.op not in ("MatMul", "Gemm"):
+                continue
+            for tensor in node.inputs:
+                if isinstance(tensor, gs.Variable) and tensor.inputs and tensor.inputs[0].op == "Transpose":
+                    tensor = tensor.inputs[0].inputs[0]
+                if isinstance(tensor, gs.Constant) and np.prod(weight_of(tensor).shape) >= LARGE_MATMUL_ELEMENTS:
+                    return True
+    return False

@@ -1,0 +1,236 @@
+"""Compile one model: from a file to a published, verified artifact."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from onnxslim_llm import __version__
+from onnxslim_llm.artifact.environment import usable_cpus
+from onnxslim_llm.artifact.hashing import BackgroundHasher
+from onnxslim_llm.artifact.journal import compile_identity
+from onnxslim_llm.artifact.manifest import MANIFEST_NAME, REPORT_NAME, Manifest, Verify
+from onnxslim_llm.artifact.sidefiles import carry_side_files
+from onnxslim_llm.artifact.staging import Staging
+from onnxslim_llm.compiler.account import Account, make_manifest
+from onnxslim_llm.compiler.defaults import default_output, default_recipe
+from onnxslim_llm.compiler.progress import Progress, Silent
+from onnxslim_llm.compiler.verification import Judge
+from onnxslim_llm.errors import GateError, UsageError
+from onnxslim_llm.ir.model import Model, open_model
+from onnxslim_llm.ir.openfile import resolve_model_path
+from onnxslim_llm.ir.save import SaveOptions, SaveReport, save_model
+from onnxslim_llm.recipe import Recipe
+from onnxslim_llm.rewrite.context import Context
+from onnxslim_llm.rewrite.passes import Pass
+from onnxslim_llm.rewrite.pipeline import PassRecord, Pipeline
+from onnxslim_llm.targets import Target, get_target
+
+__all__ = ["MODEL_NAME", "CompileResult", "compile"]
+
+MODEL_NAME = "model.onnx"
+VerifyLevel = Literal["fast", "full", "off"]
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """A published artifact.
+
+    Attributes:
+        path: Its folder.
+        manifest: What manifest.json holds.
+    """
+
+    path: Path
+    manifest: Manifest
+
+
+def compile(  # noqa: A001
+    source: str | Path,
+    out: str | Path | None = None,
+    *,
+    target: str = "portable",
+    recipe: str | Path | Recipe | None = None,
+    settings: Sequence[str] = (),
+    calib: str | Path | None = None,
+    jobs: int | None = None,
+    memory_limit: int | None = None,
+    verify: VerifyLevel = "fast",
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> CompileResult:
+    """Compile a model and publish the artifact, or raise and leave everything as it was.
+
+    Args:
+        source: An .onnx file, or a folder with exactly one.
+        out: The artifact's folder; default `<stem>.slim` in the working folder.
+        target: Name of the runtime that the artifact is for.
+        recipe: A preset's name, a .toml file or a recipe; default by the kind of model.
+        settings: `PASS.OPTION=VALUE`, applied to the recipe.
+        calib: Text (with the model's tokenizer beside it) or .npz/.npy inputs, used for verification.
+        jobs: Threads for weight work and verification; default: all usable CPUs. The artifact does not depend on it.
+        memory_limit: Bytes of weights in work at a time.
+        verify: Compare source and artifact in the target's runtime: a few inputs ("fast"), many, and after every pass
+            ("full"), or not at all ("off").
+        resume: Go on from an interrupted compile of the same model and recipe.
+        force: Replace an existing artifact.
+        progress: Told what happens.
+
+    Raises:
+        UsageError: Unknown target, recipe, pass or option; the output exists.
+        ModelError: The source is no valid or supported model.
+        GateError: The artifact is not as good as its gates want; nothing was published.
+        ResourceError: Disk, memory, permission, or a runtime that is not installed.
+        CompilerBug: A pass failed.
+    """
+    start = time.perf_counter()
+    progress = progress or Silent()
+    path = resolve_model_path(source)
+    folder = Path(source).is_dir()
+    goal = get_target(target)
+    chosen = _load_recipe(recipe)
+    account = Account(source=path, target=goal.name, threads=jobs or usable_cpus())
+    with (
+        Staging(Path(out) if out else default_output(path), source=path, force=force) as staging,
+        BackgroundHasher() as hasher,
+    ):
+        progress.stage("open")
+        model = open_model(path)
+        account.opened(model)
+        if chosen is None:
+            chosen, why = default_recipe(model)
+            account.note(why)
+        chosen = chosen.with_settings(settings)
+        account.recipe = chosen
+        data = account.source_data
+        staging.begin(compile_identity(path, data, _identity(goal, chosen)), resume=resume)
+        source_hashes = hasher.submit(path.parent, [path.name, *(str(f.relative_to(path.parent)) for f in data)])
+        account.notes += staging.notes
+        given = Path(calib) if calib else None
+        judge = Judge(path, goal, chosen, verify, given, account.threads, progress)
+        passes = [*chosen.build(), *Pipeline(goal.lowering).passes]
+        job = _Job(passes, goal, staging, account, progress, judge, memory_limit)
+        verified = job.run(model)
+        carried, notes = carry_side_files(path.parent, staging.directory, only_known=not folder)
+        account.notes += [*notes, *judge.notes]
+        progress.stage("report")
+        manifest = make_manifest(
+            account,
+            staging.directory,
+            source_hashes.result(),
+            artifact_names=job.report_names,
+            carried=carried,
+            verify=verified,
+            seconds=time.perf_counter() - start,
+        )
+        if verified is not None and manifest.failed_gates:
+            beside = staging.reject(manifest)
+            failed = manifest.failed_gates[0]
+            raise GateError(
+                f"the artifact missed {len(manifest.failed_gates)} of {len(verified.gates)} gates, first '{failed.name}': "
+                f"{failed.value} where {failed.comparison} {failed.limit} is wanted; nothing was published",
+                where=judge.guilty or str(path),
+                todo=f"see {beside}; try a gentler recipe (int8), a smaller block, or more bits for the layers it lists",
+            )
+        _write_report(manifest, staging.directory)
+        return CompileResult(staging.publish(), manifest)
+
+
+def _load_recipe(recipe: str | Path | Recipe | None) -> Recipe | None:
+    return recipe if recipe is None or isinstance(recipe, Recipe) else Recipe.load(recipe)
+
+
+def _identity(target: Target, recipe: Recipe) -> dict[str, object]:
+    return {"version": __version__, "target": target.name, "lowering": target.lowering, "recipe": recipe.resolved()}
+
+
+def _write_report(manifest: Manifest, directory: Path) -> None:
+    from onnxslim_llm.report.html import render_report  # the plots' library loads only where a report is written
+
+    manifest.write(directory / MANIFEST_NAME)
+    (directory / REPORT_NAME).write_text(render_report(manifest), encoding="utf-8")
+
+
+@dataclass
+class _Job:
+    """Passes, save and verification, repeated without a lossless pass that turns out to be guilty."""
+
+    passes: list[Pass]
+    target: Target
+    staging: Staging
+    account: Account
+    progress: Progress
+    judge: Judge
+    memory_limit: int | None
+    report_names: list[str] = field(default_factory=list)
+
+    def run(self, model: Model) -> Verify | None:
+        rolled_back: dict[str, str] = {}
+        while True:
+            records = self._transform(model, rolled_back)
+            report = self._save(model)
+            self.account.finished(model, report, records)
+            verified = self.judge.judge(self.staging.directory / MODEL_NAME)
+            if verified is None or all(gate.ok for gate in verified.gates):
+                return verified
+            guilty = self.judge.find_guilty([p for p in self.passes if p.name not in rolled_back])
+            if guilty is None or not guilty.lossless or guilty.name in rolled_back:
+                return verified
+            rolled_back[guilty.name] = f"the artifact missed '{next(g.name for g in verified.gates if not g.ok)}' with it"
+            self.progress.note(f"pass '{guilty.name}' is rolled back: {rolled_back[guilty.name]}")
+            model = open_model(self.account.source)
+
+    def _transform(self, model: Model, rolled_back: dict[str, str]) -> list[PassRecord]:
+        active = [p for p in self.passes if p.name not in rolled_back]
+        self.progress.stage("passes", len(active), "passes")
+        context = Context(target=self.target)
+        records = Pipeline(active).run(model, context, observer=_Relay(self.progress), gate=self.judge.pass_gate())
+        self.account.notes += [n for n in context.notes if n not in self.account.notes]
+        undone = [
+            PassRecord(p.name, p.options(), rolled_back=rolled_back[p.name]) for p in self.passes if p.name in rolled_back
+        ]
+        return [*records, *undone]
+
+    def _save(self, model: Model) -> SaveReport:
+        self.progress.stage("weights", model.weight_bytes(), "bytes")
+        options = SaveOptions(jobs=self.account.threads, memory_limit=self.memory_limit)
+        destination = self.staging.directory / MODEL_NAME
+        report = save_model(
+            model,
+            destination,
+            options,
+            progress=lambda done, total: self.progress.advance(done),
+            journal=self.staging.journal,
+        )
+        self.report_names = [os.path.relpath(f, self.staging.directory) for f in report.files]
+        return report
+
+
+class _Relay:
+    """Hands the pipeline's progress on."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def pass_started(self, index: int, total: int, step: Pass) -> None:
+        self._progress.advance(index, step.name)
+
+    def pass_finished(self, index: int, total: int, record: PassRecord, model: Model) -> None:
+        self._progress.advance(index + 1, record.name)
+        self._progress.pass_finished(record)
+
+
+def check_verify_level(level: str) -> VerifyLevel:
+    """Return `level` if it is one.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if level not in ("fast", "full", "off"):
+        raise UsageError(f"unknown verification level '{level}'", where="--verify", todo="use fast, full or off")
+    return level  # type: ignore[return-value]

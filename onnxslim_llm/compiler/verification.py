@@ -1,0 +1,160 @@
+"""Verification as part of a compile: what is fed, which gates count, and which pass is to blame."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onnxslim_llm.artifact.manifest import Gate as GateEntry
+from onnxslim_llm.artifact.manifest import Verify
+from onnxslim_llm.compiler.progress import Progress
+from onnxslim_llm.errors import ModelError, SlimError, UsageError
+from onnxslim_llm.ir.model import Model, open_model
+from onnxslim_llm.recipe import Recipe
+from onnxslim_llm.rewrite.context import Context
+from onnxslim_llm.rewrite.passes import Pass
+from onnxslim_llm.rewrite.pipeline import Gate, Pipeline
+from onnxslim_llm.targets import Target
+
+if TYPE_CHECKING:
+    from onnxslim_llm.verify.check import Verification, Verifier
+
+__all__ = ["Judge"]
+
+#: Models whose weights fit into one proto with room to spare are run in memory between passes; larger ones are not.
+IN_MEMORY_BYTES = 1 << 30
+
+_ARRAY_SUFFIXES = (".npz", ".npy")
+
+
+class Judge:
+    """Compares artifacts with the source. Opens the source once, on first use.
+
+    Args:
+        source: The source's .onnx file.
+        target: Opens the artifact as it will be deployed.
+        recipe: Says which gates apply.
+        level: "fast", "full" or "off".
+        calib: Text, or .npz/.npy inputs; a folder of such files.
+        threads: Of the runtime.
+        progress: Told about the runs.
+    """
+
+    def __init__(
+        self, source: Path, target: Target, recipe: Recipe, level: str, calib: Path | None, threads: int, progress: Progress
+    ) -> None:
+        self._source = source
+        self._target = target
+        self._recipe = recipe
+        self._level = level
+        self._calib = calib
+        self._threads = threads
+        self._progress = progress
+        self._verifier: Verifier | None = None
+        self.guilty = ""
+        self.notes: list[str] = []
+
+    def judge(self, artifact: Path) -> Verify | None:
+        """Compare the artifact with the source; None if verification is off.
+
+        Raises:
+            ModelError: The source itself cannot be run, or the artifact cannot.
+        """
+        if self._level == "off":
+            return None
+        self._progress.stage("verify", None, "runs")
+        verifier = self._open()
+        session = self._target.open(artifact, threads=self._threads)
+        result = verifier.check(session, self._recipe.gates, progress=self._advance)
+        return _entry(result, self._level)
+
+    def find_guilty(self, passes: list[Pass]) -> Pass | None:
+        """Return the first pass after which the model misses the gates, by bisection; None if none is to blame alone."""
+        from onnxslim_llm.verify.guilty import first_failing  # loads onnxruntime
+
+        self._progress.stage("find the guilty pass", None)
+
+        def fails(count: int) -> bool:
+            model = open_model(self._source)
+            Pipeline(passes[:count]).run(model, Context(target=self._target))
+            return not self._check_in_memory(model, self._recipe.gates)
+
+        index = first_failing(len(passes), fails)
+        if index is None:
+            return None
+        self.guilty = f"pass '{passes[index].name}'"
+        return passes[index]
+
+    def pass_gate(self) -> Gate | None:
+        """Return the judge of single passes for `--verify full`: a lossless pass must leave the results as they are."""
+        if self._level != "full":
+            return None
+
+        def gate(step: Pass, before: Model, after: Model) -> str:
+            if not step.lossless:
+                return ""
+            try:
+                fine = self._check_in_memory(after, "lossless") or not self._check_in_memory(before, "lossless")
+            except SlimError as error:
+                return f"the model does not run after it: {error.what}"
+            return "" if fine else "the results differ after it"
+
+        return gate
+
+    def _check_in_memory(self, model: Model, gates: str) -> bool:
+        from onnxslim_llm.runtime.session import open_session
+
+        if model.weight_bytes() > IN_MEMORY_BYTES:
+            self.notes.append("single passes are not verified: the model is too large to run in memory")
+            return True
+        try:
+            session = open_session(model.to_proto("inline"), threads=self._threads)
+        except ModelError:
+            return False
+        return self._open().check(session, gates).ok
+
+    def _open(self) -> Verifier:
+        if self._verifier is None:
+            from onnxslim_llm.verify.check import Verifier  # loads onnxruntime: not for --verify off
+
+            level = "full" if self._level == "full" else "fast"
+            tokens, arrays = self._inputs()
+            self._verifier = Verifier(
+                self._source, level=level, token_ids=tokens, arrays=arrays, threads=self._threads
+            )
+        return self._verifier
+
+    def _inputs(self) -> tuple[list[int] | None, Path | None]:
+        calib = self._calib
+        if calib is None:
+            return None, None
+        if not calib.exists():
+            raise UsageError("there is no such calibration file", where=str(calib), todo="check the path after --calib")
+        is_arrays = calib.suffix in _ARRAY_SUFFIXES or (calib.is_dir() and any(calib.glob("*.np[yz]")))
+        if is_arrays:
+            return None, calib
+        from onnxslim_llm.runtime.tokenizer import Tokenizer
+
+        files = sorted(calib.glob("*.txt")) if calib.is_dir() else [calib]
+        if not files:
+            raise UsageError("the folder has neither .npz, .npy nor .txt files", where=str(calib))
+        try:
+            text = "\n".join(f.read_text(encoding="utf-8") for f in files)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"the calibration text cannot be read: {error}", where=str(calib)) from error
+        return Tokenizer.load(self._source.parent).encode(text), None
+
+    def _advance(self, done: int, total: int) -> None:
+        self._progress.advance(done)
+
+
+def _entry(result: Verification, level: str) -> Verify:
+    found = result.comparison
+    gates = [
+        GateEntry(
+            name=g.gate, limit=g.limit, value=g.value, ok=g.ok, comparison="<=" if g.direction == "max" else ">="
+        )
+        for g in result.gates
+    ]
+    known = {k: v for k, v in found.to_json().items() if k != "gates"}
+    return Verify(**{**known, "inputs": list(found.inputs), "gates": gates, "level": level})
