@@ -11,32 +11,15 @@ from onnxslim_llm.artifact.manifest import Environment
 
 __all__ = ["cpu_features", "cpu_name", "package_version", "read_environment", "usable_cpus"]
 
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # The instruction sets that decide which matmul kernels run, as /proc/cpuinfo spells them (x86, then Arm).
-_KERNEL_FEATURES = frozenset(
-    {
-        "sse4_2",
-        "avx",
-        "avx2",
-        "f16c",
-        "fma",
-        "avx512f",
-        "avx512bw",
-        "avx512_vnni",
-        "avx512_bf16",
-        "avx512_fp16",
-        "avx_vnni",
-        "amx_tile",
-        "amx_int8",
-        "amx_bf16",
-        "asimd",
-        "asimdhp",
-        "asimddp",
-        "i8mm",
-        "bf16",
-        "sve",
-        "sve2",
-        "sme",
-    }
+_KERNEL_FEATURES = _names(
+    "sse4_2 avx avx2 f16c fma avx512f avx512bw avx512_vnni avx512_bf16 avx512_fp16 avx_vnni amx_tile amx_int8 "
+    "amx_bf16 asimd asimdhp asimddp i8mm bf16 sve sve2 sme"
 )
 
 

@@ -12,48 +12,20 @@ __all__ = ["SIDE_FILE_LIMIT", "carry_side_files", "side_files"]
 SIDE_FILE_LIMIT = 64 * 2**20
 """Bytes. The largest tokenizer.json in use (256 k tokens) has 35 MB; larger files are weights in some disguise."""
 
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Names that the Hugging Face and ONNX Runtime GenAI layouts give to the files that a runtime needs beside the model.
-_KNOWN = frozenset(
-    {
-        "config.json",
-        "generation_config.json",
-        "genai_config.json",
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "spiece.model",
-        "chat_template.jinja",
-        "chat_template.json",
-        "preprocessor_config.json",
-        "processor_config.json",
-        "quantize_config.json",
-    }
+_KNOWN = _names(
+    "config.json generation_config.json genai_config.json tokenizer.json tokenizer.model "
+    "tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt "
+    "spiece.model chat_template.jinja chat_template.json preprocessor_config.json processor_config.json "
+    "quantize_config.json"
 )
-_WEIGHTS = frozenset(
-    {
-        ".onnx",
-        ".data",
-        ".onnx_data",
-        ".safetensors",
-        ".bin",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".h5",
-        ".msgpack",
-        ".gguf",
-        ".npy",
-        ".npz",
-        ".pb",
-        ".tflite",
-        ".ot",
-        ".weight",
-    }
+_WEIGHTS = _names(
+    ".onnx .data .onnx_data .safetensors .bin .pt .pth .ckpt .h5 .msgpack .gguf .npy .npz .pb .tflite .ot .weight"
 )
 _OURS = frozenset({MANIFEST_NAME, REPORT_NAME})
 

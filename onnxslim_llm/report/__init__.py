@@ -1,0 +1,1 @@
+"""What a compile did, for people: sizes by role, terminal tables, the self-contained report.html."""

@@ -1,0 +1,135 @@
+"""The report's plots as inline SVG. Colours are CSS variables of the page, so they follow its light or dark scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pygal
+from pygal.style import Style
+
+from onnxslim_llm.artifact.manifest import LayerError, PassEntry
+from onnxslim_llm.report.format import bytes_text, figure_text, seconds_text
+from onnxslim_llm.report.roles import ROLES
+
+__all__ = ["ROLE_COLOURS", "bytes_plot", "error_plot", "time_plot"]
+
+ROLE_COLOURS = {role: f"var(--{role})" for role in ROLES}
+"""Colour of each role in the plots; the page's legend uses the same."""
+
+_WIDTH = 860
+_ROW = 26  # pixels for one bar with its gap
+_AXIS = 40  # pixels below the bars
+
+
+def bytes_plot(before: dict[str, int], after: dict[str, int]) -> str:
+    """Bytes by role in the source and in the artifact, as SVG text."""
+    roles = [role for role in ROLES if role in before or role in after][::-1]  # the first role on top
+    chart = _chart(
+        pygal.HorizontalBar, height=_AXIS + 2 * _ROW * len(roles), colours=("var(--source)", "var(--artifact)")
+    )
+    chart.x_labels = roles
+    chart.value_formatter = bytes_text
+    for name, sizes in (("source", before), ("artifact", after)):
+        values = [sizes.get(role, 0) for role in roles]
+        chart.add(name, [_value(v, f"{r}, {name}: {bytes_text(v)}") for r, v in zip(roles, values, strict=True)])
+    return _svg(chart, "bytes")
+
+
+def error_plot(layers: Sequence[LayerError]) -> str:
+    """The relative error of each compressed weight in graph order, coloured by role, as SVG text."""
+    points: dict[str, list[dict[str, Any]]] = {}
+    for index, layer in enumerate(layers, 1):
+        if layer.relative_error is not None:
+            text = f"{layer.name}: {figure_text(100 * layer.relative_error, 3)} %"
+            points.setdefault(layer.role, []).append(_value((index, 100 * layer.relative_error), text))
+    roles = [role for role in ROLES if role in points]
+    colours = [ROLE_COLOURS[role] for role in roles]
+    chart = _chart(pygal.XY, height=320, colours=colours, stroke=False, dots_size=3.5)
+    chart.value_formatter = lambda value: f"{value:g} %"
+    chart.x_value_formatter = lambda value: f"{value:.0f}" if value == int(value) else ""
+    top = max((point["value"][1] for role in roles for point in points[role]), default=1.0)
+    chart.range = (0, top * 1.05 or 1.0)
+    chart.xrange = (0, len(layers) + 1)
+    for role in roles:
+        chart.add(role, points[role])
+    return _svg(chart, "errors")
+
+
+def time_plot(passes: Sequence[PassEntry]) -> str:
+    """Seconds of each pass in the order of the pipeline, as SVG text."""
+    rows = list(passes)[::-1]
+    chart = _chart(pygal.HorizontalBar, height=_AXIS + _ROW * len(rows), colours=("var(--artifact)",))
+    chart.x_labels = [entry.name for entry in rows]
+    chart.value_formatter = seconds_text
+    chart.add("time", [_value(p.seconds, f"{p.name}: {seconds_text(p.seconds)}, {p.changed} changes") for p in rows])
+    return _svg(chart, "times")
+
+
+def _value(value: Any, tooltip: str) -> dict[str, Any]:
+    return {"value": value, "tooltip": tooltip}
+
+
+def _chart(kind: Any, *, height: int, colours: Sequence[str], **options: Any) -> Any:
+    font = "inherit"
+    style = Style(
+        background="transparent",
+        plot_background="transparent",
+        foreground="var(--muted)",
+        foreground_strong="var(--text)",
+        foreground_subtle="var(--line)",
+        guide_stroke_color="var(--line)",
+        major_guide_stroke_color="var(--line)",
+        guide_stroke_dasharray="2,4",
+        major_guide_stroke_dasharray="2,4",
+        colors=tuple(colours) * 8,
+        value_colors=("var(--text)",) * 64,
+        opacity=".9",
+        opacity_hover="1",
+        transition="0s",
+        font_family=font,
+        label_font_family=font,
+        major_label_font_family=font,
+        legend_font_family=font,
+        value_font_family=font,
+        title_font_family=font,
+        label_font_size=13,
+        major_label_font_size=13,
+        legend_font_size=13,
+        value_font_size=12,
+        title_font_size=13,
+    )
+    return kind(
+        style=style,
+        width=_WIDTH,
+        height=height,
+        margin=8,
+        margin_right=40,  # half of the last label
+        js=(),  # the default would fetch a script
+        show_legend=False,  # the page has one that wraps
+        truncate_label=60,
+        max_scale=7,
+        rounded_bars=2,
+        show_y_guides=True,
+        disable_xml_declaration=True,
+        **options,
+    )
+
+
+def _svg(chart: Any, name: str) -> str:
+    """Render without scripts and comments, and with a fixed id instead of a random one."""
+    chart.uuid = name
+    chart.add_xml_filter(_without_scripts)
+    return str(chart.render(is_unicode=True))
+
+
+def _without_scripts(root: Any) -> Any:
+    for parent in root.iter():
+        for child in list(parent):
+            if callable(child.tag) or child.tag == "script":  # a comment's tag is a function
+                parent.remove(child)
+    for child in list(root):
+        if child.tag == "title":  # the page has its own headings; a title would be a tooltip of the whole plot
+            root.remove(child)
+    root.attrib["role"] = "img"
+    return root
