@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.recipe import Recipe
+from onnxslim_llm.runtime.signature import find_decoder
 
 __all__ = ["LARGE_MATMUL_ELEMENTS", "default_output", "default_recipe"]
 
@@ -27,7 +28,7 @@ def default_recipe(model: Model) -> tuple[Recipe, str]:
     """Return the recipe for a model that came without one, and a sentence that says why."""
     if not _has_large_matmul(model):
         return Recipe.load("safe"), "recipe 'safe': the model has no large MatMul, so few-bit weights would not pay"
-    if not any(len(getattr(t, "shape", None) or ()) == 3 for t in model.graph.outputs):
+    if find_decoder(model.to_proto("omit"))[0] is None:
         return Recipe.load("int8"), "recipe 'int8': the default for models that are no decoders"
     return Recipe.load("int4"), "recipe 'int4': the default for decoders"
 

@@ -133,7 +133,7 @@ class Judge:
         is_arrays = calib.suffix in _ARRAY_SUFFIXES or (calib.is_dir() and any(calib.glob("*.np[yz]")))
         if is_arrays:
             return None, calib
-        from onnxslim_llm.runtime.tokenizer import Tokenizer
+        from onnxslim_llm.runtime.tokenizer import load_tokenizer
 
         files = sorted(calib.glob("*.txt")) if calib.is_dir() else [calib]
         if not files:
@@ -142,7 +142,7 @@ class Judge:
             text = "\n".join(f.read_text(encoding="utf-8") for f in files)
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"the calibration text cannot be read: {error}", where=str(calib)) from error
-        return Tokenizer.load(self._source.parent).encode(text), None
+        return load_tokenizer(self._source.parent).encode(text), None
 
     def _advance(self, done: int, total: int) -> None:
         self._progress.advance(done)
