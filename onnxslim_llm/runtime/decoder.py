@@ -137,6 +137,11 @@ class DecoderRunner:
             raise ModelError(
                 f"the model runs batches of {signature.batch}, not {ids.shape[0]}", where=self.session.where
             )
+        if signature.caches and signature.length not in (None, ids.shape[1]):
+            raise ModelError(
+                f"the model runs exactly {signature.length} tokens at a time, not {ids.shape[1]}",
+                where=self.session.where,
+            )
         if self._vocab is not None and (ids.min() < 0 or ids.max() >= self._vocab):
             raise ModelError(
                 f"token id {int(ids.max() if ids.max() >= self._vocab else ids.min())} is outside of the model's "

@@ -1,0 +1,316 @@
+"""How well a decoder predicts real text, alone and next to its source.
+
+Perplexity over overlapping windows, and the statistics of the difference that llama.cpp made customary: KL divergence
+of every token, agreement of the likeliest token, and the change of the true token's probability. Both models run in
+step, a few rows of logits at a time; logits are never kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from onnxslim_llm.errors import ModelError, ResourceError, UsageError
+from onnxslim_llm.runtime.decoder import DecoderRunner
+from onnxslim_llm.runtime.session import Array, Session, open_session
+from onnxslim_llm.verify.compare import Progress
+from onnxslim_llm.verify.figures import kl_divergence, log_softmax
+from onnxslim_llm.verify.greedy import GreedyMatch, greedy_match
+
+__all__ = ["Difference", "Quality", "evaluate", "read_tokens"]
+
+_LOGIT_BYTES = 32 << 20  # logits of one model held at a time
+_GREEDY_PROMPTS, _GREEDY_PROMPT, _GREEDY_TOKENS = 16, 32, 64
+_CHARS_PER_TOKEN = 16  # read ahead generously; a token is about 4 characters of text
+
+
+class Encoder(Protocol):
+    """What `evaluate` needs of a tokenizer; `runtime.tokenizer.TextTokenizer` has it."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids."""
+        ...
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A model next to its source on the same tokens.
+
+    Attributes:
+        ppl_source: perplexity of the source; `ppl_ratio`: the model's divided by it.
+        kld_mean, kld_p99, kld_max: KL(source || model) over tokens, in nats.
+        top1_agreement: share of tokens where both find the same token the likeliest.
+        rms_delta_p: root mean square change of the true token's probability.
+        greedy: continuations of prompts from the text, None if the text is too short for them.
+    """
+
+    ppl_source: float
+    ppl_ratio: float
+    kld_mean: float
+    kld_p99: float
+    kld_max: float
+    top1_agreement: float
+    rms_delta_p: float
+    greedy: GreedyMatch | None
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well a model predicts a text.
+
+    Attributes:
+        tokens: number of predicted tokens; `read_tokens` of the text were used.
+        token_sha256: of all tokens as little-endian int32: equal hashes mean comparable figures.
+        window, stride: tokens of a window, and between the starts of two.
+        ppl: exp(mean negative log likelihood).
+        bits_per_byte: of the text in UTF-8, so it compares across tokenizers.
+        difference: next to the source, if there is one.
+    """
+
+    tokens: int
+    text_tokens: int
+    token_sha256: str
+    window: int
+    stride: int
+    ppl: float
+    bits_per_byte: float
+    seconds: float
+    difference: Difference | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest's `quality` object."""
+        result: dict[str, Any] = {
+            "tokens": self.tokens,
+            "text_tokens": self.text_tokens,
+            "token_sha256": self.token_sha256,
+            "window": self.window,
+            "stride": self.stride,
+            "ppl_artifact": self.ppl,
+            "bits_per_byte": self.bits_per_byte,
+            "seconds": self.seconds,
+        }
+        if self.difference is not None:
+            other = self.difference
+            result |= {
+                "ppl_source": other.ppl_source,
+                "ppl_ratio": other.ppl_ratio,
+                "kld_mean": other.kld_mean,
+                "kld_p99": other.kld_p99,
+                "kld_max": other.kld_max,
+                "top1_agreement": other.top1_agreement,
+                "rms_delta_p": other.rms_delta_p,
+            }
+            if other.greedy is not None:
+                result["greedy_first_divergence"] = list(other.greedy.first_divergence)
+                result["greedy_prefix_match"] = other.greedy.prefix_match
+        return result
+
+
+def evaluate(
+    model: str | Path | Session,
+    text: str | Path,
+    tokenizer: Encoder,
+    *,
+    versus: str | Path | Session | None = None,
+    window: int = 512,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> Quality:
+    """Measure `model` on a text file, and its difference from `versus` on the same tokens.
+
+    Args:
+        model: decoder, as a file or an open session.
+        text: UTF-8 file.
+        tokenizer: that the model was trained with.
+        versus: the source that `model` was made from.
+        window: tokens that a prediction can look back on at most.
+        stride: tokens between the starts of two windows, half a window by default; only tokens that no earlier window
+            predicted are counted, so a smaller stride gives every token more context.
+        max_tokens: stop after this many tokens of the text.
+        threads: of ONNX Runtime; 0 leaves it to ONNX Runtime.
+        progress: called with (done, of how many) tokens.
+
+    Raises:
+        UsageError: the text has fewer than two tokens, or window and stride make no sense.
+        ModelError: a model is no decoder, its vocabulary does not fit, or its logits are not finite.
+        ResourceError: the text cannot be read.
+    """
+    start = time.perf_counter()
+    runner = _runner(model, threads)
+    source = None if versus is None else _runner(versus, threads)
+    ids = read_tokens(Path(text), tokenizer, max_tokens)
+    for each in (runner, source):
+        if each is not None and int(ids.max()) >= each.vocab:
+            raise ModelError(
+                f"the text has the token id {int(ids.max())}, the model's vocabulary has {each.vocab}",
+                where=each.session.where,
+                todo="use the tokenizer that belongs to the model",
+            )
+    if source is not None and source.vocab != runner.vocab:
+        raise ModelError(f"vocabularies differ: {source.vocab} and {runner.vocab}", where=runner.session.where)
+    for each in (runner, source):
+        fixed = each.signature.length if each is not None and not each.signature.caches else None
+        window = min(window, fixed) if fixed else window
+    stride = max(1, window // 2) if stride is None else stride
+    if window < 2 or not 1 <= stride <= window:
+        raise UsageError(f"window {window} and stride {stride}: the window needs 2 tokens, the stride 1 to the window")
+    sums = _Sums()
+    for done, expected, targets, logits in _predictions(runner, source, ids, window, stride):
+        sums.add(logits, expected, targets)
+        if progress:
+            progress(done, len(ids))
+    difference = None
+    if source is not None:
+        difference = sums.difference(_greedy(source, runner, ids))
+    text_bytes = max(1, len(tokenizer.decode(ids.tolist()).encode("utf-8")))
+    return Quality(
+        tokens=sums.tokens,
+        text_tokens=len(ids),
+        token_sha256=hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest(),
+        window=window,
+        stride=stride,
+        ppl=math.exp(sums.nll),
+        bits_per_byte=sums.nll / math.log(2) * len(ids) / text_bytes,
+        seconds=time.perf_counter() - start,
+        difference=difference,
+    )
+
+
+def read_tokens(path: Path, tokenizer: Encoder, max_tokens: int | None) -> Array:
+    """The first `max_tokens` tokens of a text file, [n] int64.
+
+    Raises:
+        UsageError: fewer than two tokens.
+        ResourceError: the file cannot be read, or is no UTF-8 text.
+    """
+    limit = None if max_tokens is None else max_tokens * _CHARS_PER_TOKEN
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(limit)
+            ids = tokenizer.encode(text)
+            while (
+                limit is not None and max_tokens is not None and len(ids) <= max_tokens and (more := file.read(limit))
+            ):
+                text += more
+                ids = tokenizer.encode(text)
+    except OSError as error:
+        raise ResourceError(f"the text cannot be read: {error.strerror}", where=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise UsageError("the text is not UTF-8", where=str(path)) from error
+    if len(ids[:max_tokens]) < 2:
+        raise UsageError(f"the text has {len(ids[:max_tokens])} tokens; at least 2 are needed", where=str(path))
+    return np.asarray(ids[:max_tokens], np.int64)
+
+
+class _Sums:
+    """Per-token figures; 8 bytes a token and figure, never logits."""
+
+    def __init__(self) -> None:
+        self._nll: list[Array] = []
+        self._source_nll: list[Array] = []
+        self._kl: list[Array] = []
+        self._agree = self.tokens = 0
+
+    def add(self, logits: Array, expected: Array | None, targets: Array) -> None:
+        self._nll.append(_nll(logits, targets))
+        self.tokens += len(targets)
+        if expected is not None:
+            self._source_nll.append(_nll(expected, targets))
+            self._kl.append(kl_divergence(expected, logits))
+            self._agree += int((expected.argmax(axis=1) == logits.argmax(axis=1)).sum())
+
+    @property
+    def nll(self) -> float:
+        return float(np.concatenate(self._nll).mean())
+
+    def difference(self, greedy: GreedyMatch | None) -> Difference:
+        ours, theirs, kl = (np.concatenate(x) for x in (self._nll, self._source_nll, self._kl))
+        return Difference(
+            ppl_source=math.exp(float(theirs.mean())),
+            ppl_ratio=math.exp(float(ours.mean() - theirs.mean())),
+            kld_mean=float(kl.mean()),
+            kld_p99=float(np.quantile(kl, 0.99)),
+            kld_max=float(kl.max()),
+            top1_agreement=self._agree / self.tokens,
+            rms_delta_p=float(np.sqrt(np.mean((np.exp(-ours) - np.exp(-theirs)) ** 2))),
+            greedy=greedy,
+        )
+
+
+def _nll(logits: Array, targets: Array) -> Array:
+    result: Array = -np.take_along_axis(log_softmax(logits), targets[:, None], axis=1)[:, 0]
+    return result
+
+
+def _runner(model: str | Path | Session, threads: int) -> DecoderRunner:
+    runner = DecoderRunner(model if isinstance(model, Session) else open_session(model, threads=threads))
+    if runner.signature.last_token_only and not runner.signature.caches:
+        raise ModelError(
+            "the model gives logits of the last token only and has no cache, so a text would take one run a token",
+            where=runner.session.where,
+        )
+    return runner
+
+
+def _predictions(
+    runner: DecoderRunner, source: DecoderRunner | None, ids: Array, window: int, stride: int
+) -> Iterator[tuple[int, Array | None, Array, Array]]:
+    """Yield (tokens done, source logits [n, V], targets [n], model logits [n, V]) of the tokens that count."""
+    known = 1  # tokens before this one need no prediction; the first one has nothing to be predicted from
+    for begin in range(0, len(ids), stride):
+        end = min(begin + window, len(ids))
+        states: dict[DecoderRunner, Any] = {}
+        step = _rows(runner, source, end - 1 - begin)
+        for at in range(begin, end - 1, step):
+            stop = min(at + step, end - 1)
+            fresh = max(at, known - 1)  # the logits at position i predict token i + 1
+            parts: dict[DecoderRunner, Array] = {}
+            for each in (runner, source):
+                if each is not None:
+                    logits, states[each] = each.prefill(_batch(each, ids[at:stop]), states.get(each))
+                    parts[each] = logits[0, fresh - at :] if fresh < stop else logits[0, :0]
+            if fresh < stop:
+                for each, part in parts.items():
+                    if not np.isfinite(part).all():
+                        raise ModelError("the logits are not finite", where=each.session.where)
+                yield stop + 1, parts[source] if source else None, ids[fresh + 1 : stop + 1], parts[runner]
+        known = end
+        if end == len(ids):
+            return
+
+
+def _batch(runner: DecoderRunner, ids: Array) -> Array:
+    return np.repeat(ids[None], runner.signature.batch or 1, axis=0)
+
+
+def _rows(runner: DecoderRunner, source: DecoderRunner | None, count: int) -> int:
+    """Tokens to run at once: all without a cache, one where only the last token has logits, else a bounded number."""
+    signatures = [each.signature for each in (runner, source) if each is not None]
+    if any(not signature.caches for signature in signatures):
+        return max(1, count)
+    if any(signature.last_token_only or signature.length for signature in signatures):
+        return 1
+    return max(1, _LOGIT_BYTES // (4 * runner.vocab))
+
+
+def _greedy(source: DecoderRunner, runner: DecoderRunner, ids: Array) -> GreedyMatch | None:
+    count = min(_GREEDY_PROMPTS, len(ids) // _GREEDY_PROMPT)
+    fixed = [each.signature.length for each in (source, runner) if each.signature.length]
+    if not count or any(length < _GREEDY_PROMPT + _GREEDY_TOKENS for length in fixed):
+        return None
+    starts = np.linspace(0, len(ids) - _GREEDY_PROMPT, count).astype(int)
+    prompts = np.stack([ids[start : start + _GREEDY_PROMPT] for start in starts])
+    return greedy_match(source, runner, prompts, _GREEDY_TOKENS, tie_margin=0.0)
