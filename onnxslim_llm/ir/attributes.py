@@ -29,7 +29,14 @@ from onnxslim_llm.ir.skeleton import copy_without
 __all__ = ["read_attribute", "write_attribute"]
 
 _A = AttributeProto
-_FIELDS = {_A.FLOAT: "f", _A.INT: "i", _A.STRING: "s", _A.FLOATS: "floats", _A.INTS: "ints", _A.STRINGS: "strings"}
+_FIELDS: dict[int, str] = {
+    _A.FLOAT: "f",
+    _A.INT: "i",
+    _A.STRING: "s",
+    _A.FLOATS: "floats",
+    _A.INTS: "ints",
+    _A.STRINGS: "strings",
+}
 _FIELD_TYPES = {**{name: kind for kind, name in _FIELDS.items()}, "t": _A.TENSOR, "g": _A.GRAPH}
 _VALUE_FIELDS = frozenset(["f", "i", "s", "t", "g", "sparse_tensor", "tp", "floats", "ints", "strings", "tensors"]) | {
     "graphs",

@@ -1,14 +1,11 @@
-"""Is the graph one that can run: one producer per tensor, no cycles, operator sets that exist."""
+"""Is the graph one that can run: every tensor has one producer, and no node depends on itself."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import networkx as nx
-import onnx
 import onnx_graphsurgeon as gs
-from onnx import defs
 
 from onnxslim_llm.errors import ModelError
 from onnxslim_llm.ir.ownership import owned_constants, subgraphs
@@ -17,32 +14,9 @@ from onnxslim_llm.ir.reader import describe
 if TYPE_CHECKING:
     from onnxslim_llm.ir.model import Model
 
-__all__ = ["check_model", "check_opsets"]
+__all__ = ["check_model"]
 
 _AGAIN = "the model is invalid: export it again"
-
-
-def check_opsets(imports: Iterable[onnx.OperatorSetIdProto], where: str) -> int:
-    """Return the version of ai.onnx that is imported; 0 if it is not.
-
-    Raises:
-        ModelError: A version is below 1, or newer than the installed onnx package knows.
-    """
-    newest = defs.onnx_opset_version()
-    standard = 0
-    for item in imports:
-        name = item.domain or "ai.onnx"
-        if item.version < 1:
-            raise ModelError(f"opset {item.version} of {name} does not exist", where=where, todo=_AGAIN)
-        if name == "ai.onnx":
-            standard = item.version
-            if standard > newest:
-                raise ModelError(
-                    f"opset {standard} of ai.onnx is unknown: the installed onnx {onnx.__version__} knows up to {newest}",
-                    where=where,
-                    todo="install a newer onnx package, or export for an older opset",
-                )
-    return standard
 
 
 def check_model(model: Model) -> list[str]:
@@ -52,8 +26,8 @@ def check_model(model: Model) -> list[str]:
         ModelError: It names the tensor or node.
     """
     notes: list[str] = []
-    for graph, outer in [(model.graph, frozenset()), *((function, frozenset()) for function in model.functions)]:
-        _check_graph(graph, outer, notes)
+    for graph in (model.graph, *model.functions):
+        _check_graph(graph, frozenset(), notes)
     return notes
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import onnx
 import onnx_graphsurgeon as gs
 
+from onnxslim_llm.ir.imports import copy_imports
 from onnxslim_llm.ir.skeleton import FunctionSkeleton, GraphSkeleton, skeleton_of
 
 __all__ = ["copy_graph"]
@@ -24,7 +24,7 @@ def copy_graph(graph: gs.Graph) -> gs.Graph:
 
 
 def _copy(graph: gs.Graph, tensors: dict[int, gs.Tensor]) -> Any:
-    skeleton = skeleton_of(graph, GraphSkeleton | FunctionSkeleton)
+    skeleton = skeleton_of(graph, GraphSkeleton) or skeleton_of(graph, FunctionSkeleton)
     if isinstance(skeleton, GraphSkeleton):
         for constant in skeleton.initializers:
             _tensor(constant, tensors)
@@ -36,7 +36,7 @@ def _copy(graph: gs.Graph, tensors: dict[int, gs.Tensor]) -> Any:
         "name": graph.name,
         "doc_string": graph.doc_string,
         "opset": graph.opset,
-        "import_domains": _imports(graph.import_domains),
+        "import_domains": None if graph.import_domains is None else copy_imports(graph.import_domains),
         "ir_version": graph.ir_version,
     }
     if isinstance(graph, gs.Function):
@@ -106,12 +106,6 @@ def _tensor(tensor: gs.Tensor, tensors: dict[int, gs.Tensor]) -> gs.Tensor:
 def _copy_skeleton(old: Any, new: Any) -> None:
     if "skeleton" in old.__dict__:
         new.skeleton = old.skeleton
-
-
-def _imports(imports: list[onnx.OperatorSetIdProto] | None) -> list[onnx.OperatorSetIdProto] | None:
-    if imports is None:
-        return None
-    return [onnx.OperatorSetIdProto.FromString(item.SerializeToString()) for item in imports]
 
 
 def _share_functions(graph: gs.Graph, functions: list[gs.Function]) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["bits_of", "dtype_name", "numpy_dtype", "onnx_dtype", "pack", "packed_nbytes", "unpack"]
 
-_SUB_BYTE_BITS = {
+_SUB_BYTE_BITS: dict[int, int] = {
     TensorProto.UINT4: 4,
     TensorProto.INT4: 4,
     TensorProto.FLOAT4E2M1: 4,
@@ -107,11 +107,11 @@ def pack(array: np.ndarray, onnx_type: int) -> np.ndarray:
     padding = -codes.size % per_byte
     if padding:
         codes = np.concatenate([codes, np.zeros(padding, np.uint8)])
-    codes = codes.reshape(-1, per_byte)
+    groups = codes.reshape(-1, per_byte)
     mask = np.uint8((1 << bits) - 1)
-    packed = codes[:, 0] & mask
+    packed: np.ndarray = groups[:, 0] & mask
     for place in range(1, per_byte):
-        packed |= (codes[:, place] & mask) << np.uint8(place * bits)
+        packed |= (groups[:, place] & mask) << np.uint8(place * bits)
     return packed
 
 

@@ -1,4 +1,4 @@
-"""Where the bytes of external tensors are, checked before anything is read."""
+"""Where the files of a model are: the model itself, and its external tensors; checked before anything is read."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from onnx import TensorProto
 
-from onnxslim_llm.errors import ModelError
+from onnxslim_llm.errors import ModelError, UsageError
 from onnxslim_llm.ir import dtypes
 from onnxslim_llm.ir.mapping import MappedFile
 from onnxslim_llm.ir.stored import MappedWeight
 
-__all__ = ["ExternalFiles"]
+__all__ = ["ExternalFiles", "resolve_model_path"]
+
+_AGAIN = "export the model again"
 
 
 class ExternalFiles:
@@ -41,13 +43,13 @@ class ExternalFiles:
         where += f", file '{location}'"
         offset = _number(entries.get("offset", "0"), "offset", where)
         if proto.data_type == TensorProto.STRING:
-            raise ModelError("string tensors cannot be stored externally", where=where, todo="export the model again")
+            raise ModelError("string tensors cannot be stored externally", where=where, todo=_AGAIN)
         if dtypes.numpy_dtype(proto.data_type) is None:
             raise ModelError(
                 f"unknown element type {proto.data_type}", where=where, todo="a newer onnx package may know it"
             )
         if any(dim < 0 for dim in proto.dims):
-            raise ModelError(f"negative dimension in {list(proto.dims)}", where=where, todo="export the model again")
+            raise ModelError(f"negative dimension in {list(proto.dims)}", where=where, todo=_AGAIN)
         needed = dtypes.packed_nbytes(proto.dims, proto.data_type)
         if "length" in entries:
             length = _number(entries["length"], "length", where)
@@ -56,7 +58,7 @@ class ExternalFiles:
                 raise ModelError(
                     f"external length {length} does not fit {kind} {list(proto.dims)}, which takes {needed} bytes",
                     where=where,
-                    todo="export the model again",
+                    todo=_AGAIN,
                 )
         if offset + needed > file.size:
             raise ModelError(
@@ -100,7 +102,7 @@ class ExternalFiles:
             todo="copy the model and its data files (no symbolic links) into one folder",
         )
         if not location or "\0" in location:
-            raise ModelError("external tensor without a location", where=where, todo="export the model again")
+            raise ModelError("external tensor without a location", where=where, todo=_AGAIN)
         if PurePosixPath(location).is_absolute() or PureWindowsPath(location).anchor:
             raise refuse
         root = os.path.realpath(folder)
@@ -115,5 +117,32 @@ class ExternalFiles:
 
 def _number(text: str, what: str, where: str) -> int:
     if not text.isascii() or not text.isdigit():
-        raise ModelError(f"external {what} '{text}' is no non-negative number", where=where, todo="export the model again")
+        raise ModelError(f"external {what} '{text}' is no non-negative number", where=where, todo=_AGAIN)
     return int(text)
+
+
+def resolve_model_path(path: str | Path) -> Path:
+    """Return the ONNX file that `path` means: the file itself, or the one model (or the one decoder) in a folder.
+
+    A folder may keep its models in a subfolder `onnx`.
+
+    Raises:
+        UsageError: There is no such file, or the folder holds no model or several.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise UsageError("no such file", where=str(path), todo="give an .onnx file, or a folder with one")
+    if not path.is_dir():
+        raise UsageError("not a regular file", where=str(path), todo="give an .onnx file")
+    models = sorted(path.glob("*.onnx")) or sorted(path.glob("onnx/*.onnx"))
+    models = [item for item in models if item.is_file()]
+    decoders = [item for item in models if "decoder" in item.name]
+    for candidates in (models, decoders):
+        if len(candidates) == 1:
+            return candidates[0]
+    if not models:
+        raise UsageError("the folder holds no .onnx file", where=str(path), todo="give an .onnx file")
+    names = ", ".join(item.name for item in models)
+    raise UsageError(f"the folder holds several models: {names}", where=str(path), todo="give the path of one of them")

@@ -73,8 +73,8 @@ class WeightJob(ABC):
     Attributes:
         inputs: What it reads.
         outputs: What it makes.
-        fingerprint: Stable text of what it computes, parameters and code version included. Two jobs of one class with the
-            same fingerprint and inputs give the same bytes, on every machine and in every run.
+        fingerprint: Stable text of what it computes, parameters and code version included. Two jobs of one class with
+            the same fingerprint and inputs give the same bytes, on every machine and in every run.
     """
 
     inputs: tuple[Weight, ...]
@@ -144,9 +144,11 @@ class DerivedWeight(Weight):
 
     @property
     def storage_key(self) -> Hashable:
+        """Identity of the raw bytes, see `Weight.storage_key`."""
         return ("job", self.job.key, self.index)
 
     def raw(self) -> Buffer:
+        """Return the raw bytes, see `Weight.raw`."""
         return _LATEST.compute(self.job)[self.index]
 
     def digest(self) -> bytes:

@@ -57,7 +57,7 @@ class MappedFile:
         return np.frombuffer(mapped, np.uint8, count=length, offset=offset)
 
     def release(self, offset: int, length: int) -> None:
-        """Drop the pages that hold [offset, offset + length) from resident memory; reading them again faults them in."""
+        """Drop the pages of [offset, offset + length) from resident memory; reading them again faults them in."""
         mapped = self._map
         if mapped is None or length <= 0 or not hasattr(mapped, "madvise"):
             return

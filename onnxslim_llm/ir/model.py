@@ -12,17 +12,20 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, defs
 
 from onnxslim_llm.errors import ModelError
-from onnxslim_llm.ir.check import check_model, check_opsets
+from onnxslim_llm.ir.check import check_model
 from onnxslim_llm.ir.copying import copy_graph
-from onnxslim_llm.ir.external import ExternalFiles
+from onnxslim_llm.ir.external import ExternalFiles, resolve_model_path
+from onnxslim_llm.ir.imports import canonical, check_opsets, copy_imports, missing_imports, write_imports
 from onnxslim_llm.ir.names import NameSource
-from onnxslim_llm.ir.openfile import parse_file, resolve_model_path
-from onnxslim_llm.ir.ownership import attribute_constants, owned_constants, subgraphs
-from onnxslim_llm.ir.reader import InlineMap, TensorReader, read_function, read_graph
+from onnxslim_llm.ir.openfile import parse_file
+from onnxslim_llm.ir.ownership import used_ids
+from onnxslim_llm.ir.reader import read_function, read_graph
 from onnxslim_llm.ir.skeleton import GraphSkeleton, copy_without, skeleton_of
+from onnxslim_llm.ir.tensors import TensorReader
+from onnxslim_llm.ir.walk import all_constants, operator_name, with_subgraphs
 from onnxslim_llm.ir.weight import Weight
 from onnxslim_llm.ir.weights import weight_of
-from onnxslim_llm.ir.writer import Store, Writer, inline_store, missing_imports, write_imports
+from onnxslim_llm.ir.writer import Store, Writer, inline_store
 
 __all__ = ["INLINE_LIMIT", "STUB_BYTES", "Model", "from_proto", "open_model", "resolve_model_path"]
 
@@ -33,7 +36,6 @@ STUB_BYTES = 1 << 10
 """Initializers of more bytes than this are left out of protos without weights; smaller ones say shapes and axes."""
 
 _MODEL_LISTS = frozenset(["graph", "functions", "opset_import"])
-_STANDARD = ("", "ai.onnx")
 
 
 class Model:
@@ -46,9 +48,7 @@ class Model:
         skeleton: The ModelProto without graph, functions and opset imports.
     """
 
-    def __init__(
-        self, graph: gs.Graph, path: Path | None = None, skeleton: onnx.ModelProto | None = None
-    ) -> None:
+    def __init__(self, graph: gs.Graph, path: Path | None = None, skeleton: onnx.ModelProto | None = None) -> None:
         self.graph = graph
         self.path = path
         self.notes: list[str] = []
@@ -63,37 +63,33 @@ class Model:
 
     def graphs(self) -> Iterator[gs.Graph]:
         """Yield the top graph and every subgraph in the bodies of If, Loop, Scan, ..., but no function bodies."""
-        yield from _with_subgraphs(self.graph)
+        yield from with_subgraphs(self.graph)
 
     def all_graphs(self) -> Iterator[gs.Graph]:
         """Yield the top graph, the functions, and all subgraphs of both."""
         yield from self.graphs()
         for function in self.functions:
-            yield from _with_subgraphs(function)
+            yield from with_subgraphs(function)
 
     def opset(self, domain: str = "") -> int | None:
         """Return the version of an imported operator set; None if the domain is not imported."""
-        standard = domain in _STANDARD
         for item in self.graph.import_domains or []:
-            if item.domain == domain or (standard and item.domain in _STANDARD):
-                return int(self.graph.opset) if standard else int(item.version)
+            if canonical(item.domain) == canonical(domain):
+                return int(item.version) if canonical(domain) else int(self.graph.opset)
         return None
 
     def set_opset(self, domain: str, version: int) -> None:
         """Import a domain, or change the version of its import. Bookkeeping only: nodes are not converted."""
-        standard = domain in _STANDARD
-        imports = self.graph.import_domains
-        if imports is None:
-            imports = []
+        imports = [] if self.graph.import_domains is None else self.graph.import_domains
         for item in imports:
-            if item.domain == domain or (standard and item.domain in _STANDARD):
+            if canonical(item.domain) == canonical(domain):
                 item.version = version
                 break
         else:
             imports.append(onnx.OperatorSetIdProto(domain=domain, version=version))
         for graph in self.graphs():
             graph.import_domains = imports
-            if standard:
+            if not canonical(domain):
                 graph.opset = version
 
     def census(self, functions: bool = False) -> Counter[str]:
@@ -111,16 +107,16 @@ class Model:
         unknown = set()
         for graph in self.all_graphs():
             for node in graph.nodes:
-                domain = "" if node.domain in (None, "ai.onnx") else node.domain
+                domain = canonical(node.domain)
                 if (domain, node.op) not in local and not defs.has(node.op, domain):
                     unknown.add(operator_name(node))
         return sorted(unknown)
 
     def constants(self) -> Iterator[gs.Constant]:
         """Yield every constant of the model once: initializers, and constants in attributes of nodes."""
-        yield from _constants(self.graph, frozenset())
+        yield from all_constants(self.graph)
         for function in self.functions:
-            yield from _constants(function, frozenset())
+            yield from all_constants(function)
 
     def weight_bytes(self) -> int:
         """Return the bytes of all constants, as ONNX `raw_data`; shared content counts once."""
@@ -218,11 +214,6 @@ class Model:
         return proto
 
 
-def operator_name(node: gs.Node) -> str:
-    """Return "domain::Op", or plain "Op" for ai.onnx."""
-    return str(node.op) if node.domain in (None, "", "ai.onnx") else f"{node.domain}::{node.op}"
-
-
 def from_proto(
     proto: onnx.ModelProto, base_dir: Path | None = None, weights: Mapping[str, Weight] | None = None
 ) -> Model:
@@ -260,11 +251,7 @@ def _build(proto: onnx.ModelProto, tensors: TensorReader, path: Path | None) -> 
     opset = check_opsets(proto.opset_import, where)
     graph = read_graph(proto.graph, tensors)
     functions = [read_function(item, tensors) for item in proto.functions]
-    imports = []
-    for item in proto.opset_import:
-        copy = onnx.OperatorSetIdProto()
-        copy.CopyFrom(item)
-        imports.append(copy)
+    imports = copy_imports(proto.opset_import)
     model = Model(graph, path, copy_without(proto, _MODEL_LISTS))
     graph.producer_name = proto.producer_name
     graph.producer_version = proto.producer_version
@@ -288,34 +275,15 @@ def _share(graph: gs.Graph, functions: list[gs.Function], imports: list[onnx.Ope
         shared[:] = functions
     elif isinstance(graph, gs.Function):
         shared = functions
-    for item in _with_subgraphs(graph):
+    for item in with_subgraphs(graph):
         item._functions = shared
         item.import_domains = imports
         item.opset = opset or item.opset
 
 
 def _remember_orphans(model: Model) -> None:
-    from onnxslim_llm.ir.ownership import used_ids
-
     for graph in model.all_graphs():
         skeleton: GraphSkeleton | None = skeleton_of(graph, GraphSkeleton)
         if skeleton is not None and skeleton.initializers:
             used = used_ids(graph)
             skeleton.orphans = {id(item) for item in skeleton.initializers if id(item) not in used}
-
-
-def _with_subgraphs(graph: gs.Graph) -> Iterator[gs.Graph]:
-    yield graph
-    for node in graph.nodes:
-        for subgraph in subgraphs(node):
-            yield from _with_subgraphs(subgraph)
-
-
-def _constants(graph: gs.Graph, outer: frozenset[int]) -> Iterator[gs.Constant]:
-    owned = owned_constants(graph, outer)
-    yield from owned
-    inner = outer | {id(constant) for constant in owned}
-    for node in graph.nodes:
-        yield from attribute_constants(node)
-        for subgraph in subgraphs(node):
-            yield from _constants(subgraph, inner)

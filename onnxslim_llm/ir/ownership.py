@@ -90,7 +90,7 @@ def orphans(graph: gs.Graph) -> list[gs.Constant]:
 
 
 def drop_orphans(graph: gs.Graph) -> list[str]:
-    """Forget the initializers that nothing uses; return their names. (Others vanish with their last user.)"""
+    """Forget the initializers that nothing used from the start (others vanish with their last user); return names."""
     names = [constant.name for constant in orphans(graph)]
     if names:
         skeleton = skeleton_of(graph, GraphSkeleton)

@@ -2,7 +2,7 @@
 
 A skeleton is a piece of the proto as it was read, without the parts that graphsurgeon holds itself. It hangs on the
 graphsurgeon object as the attribute `skeleton`, so that it moves with nodes and tensors. The writer starts from the
-skeleton and changes only what differs from the object. Skeletons are shared between copies of a model: never change one.
+skeleton and changes only what differs from the object. Copies of a model share skeletons: never change one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def copy_without(message: M, drop: frozenset[str]) -> M:
 
     The dropped fields are never copied, however large they are.
     """
-    copy = type(message)()
+    copy: M = type(message)()
     for descriptor, value in message.ListFields():
         name = descriptor.name
         if name in drop:
@@ -81,7 +81,7 @@ def _varint(value: int) -> bytes:
 
 @dataclass(slots=True)
 class NodeSkeleton:
-    """Of a node: the proto without inputs, outputs and attributes; each attribute with the value that was read from it."""
+    """Of a node: the proto without inputs, outputs and attributes; each attribute with the value read from it."""
 
     proto: onnx.NodeProto
     attributes: dict[str, tuple[onnx.AttributeProto, Any]]
@@ -112,7 +112,6 @@ class GraphSkeleton:
         outputs: Entries of outputs that are no variables (initializers), by `id` of the tensor.
         value_info: (entry, tensor) in the order read; the tensor is None for names that occur nowhere in the graph.
         annotations: (quantization annotation, tensors by name) in the order read.
-        opset: The graph's `opset` as read.
     """
 
     proto: onnx.GraphProto
@@ -134,7 +133,7 @@ class FunctionSkeleton:
 
 
 def skeleton_of(item: Any, kind: type[M] | type[Any]) -> Any:
-    """Return the skeleton of a graphsurgeon object, or None if it has none of this kind (e.g. because a pass made it)."""
+    """Return the skeleton of a graphsurgeon object; None if it has none of this kind, e.g. because a pass made it."""
     # gs.Graph answers unknown attributes with a logged error, so look into the instance directly.
     found = item.__dict__.get("skeleton")
     return found if isinstance(found, kind) else None

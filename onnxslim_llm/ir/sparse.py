@@ -40,6 +40,7 @@ class SparseWeight(Weight, SparseValues):  # type: ignore[misc]  # graphsurgeon 
 
     @property
     def storage_key(self) -> Hashable:
+        """Identity of the raw bytes, see `Weight.storage_key`."""
         return ("sparse", self.sparse_values.key, self.sparse_indices.key)
 
     def view(self) -> np.ndarray:
@@ -64,9 +65,11 @@ class SparseWeight(Weight, SparseValues):  # type: ignore[misc]  # graphsurgeon 
         return dense
 
     def raw(self) -> Buffer:
+        """Return the raw bytes, see `Weight.raw`."""
         raise ModelError("a sparse tensor has no raw bytes", where=f"tensor '{self.proto.values.name}'")
 
     def digest(self) -> bytes:
+        """Return the SHA-256, see `Weight.digest`; strings are hashed with their lengths."""
         if self._digest is None:
             parts = self.sparse_values.digest() + self.sparse_indices.digest()
             self._digest = hashlib.sha256(f"sparse {self.shape}\n".encode() + parts).digest()
@@ -74,6 +77,7 @@ class SparseWeight(Weight, SparseValues):  # type: ignore[misc]  # graphsurgeon 
 
     @property
     def tensor(self) -> onnx.SparseTensorProto:
+        """The content as a proto of its own."""
         copy = SparseTensorProto()
         copy.CopyFrom(self.proto)
         return copy

@@ -48,12 +48,15 @@ class MappedWeight(Weight):
 
     @property
     def storage_key(self) -> Hashable:
+        """Identity of the raw bytes, see `Weight.storage_key`."""
         return ("file", self.file.identity, self.offset, self.nbytes)
 
     def raw(self) -> Buffer:
+        """Return the raw bytes, see `Weight.raw`."""
         return self.file.read(self.offset, self.nbytes)
 
     def release(self, start: int = 0, stop: int | None = None) -> None:
+        """Drop mapped pages, see `Weight.release`."""
         stop = self.nbytes if stop is None else min(stop, self.nbytes)
         self.file.release(self.offset + start, stop - start)
 
@@ -76,9 +79,11 @@ class ProtoWeight(Weight):
 
     @property
     def storage_key(self) -> Hashable:
+        """Identity of the raw bytes, see `Weight.storage_key`."""
         return ("proto", id(self.proto))
 
     def view(self) -> np.ndarray:
+        """Return the content, see `Weight.view`."""
         # Reading raw_data copies it out of the message: readers at the same time share one copy.
         array = self._viewed() if self._viewed is not None else None
         if array is None:
@@ -91,6 +96,7 @@ class ProtoWeight(Weight):
         return array
 
     def raw(self) -> Buffer:
+        """Return the raw bytes, see `Weight.raw`."""
         if self.onnx_dtype == TensorProto.STRING:
             raise ModelError("a string tensor has no raw bytes", where=f"tensor '{self.proto.name}'")
         if self.proto.HasField("raw_data"):
@@ -98,12 +104,14 @@ class ProtoWeight(Weight):
         return dtypes.pack(self.view(), self.onnx_dtype)
 
     def digest(self) -> bytes:
+        """Return the SHA-256, see `Weight.digest`; strings are hashed with their lengths."""
         if self._digest is None and self.onnx_dtype == TensorProto.STRING:
             self._digest = string_digest(list(self.proto.string_data), self.shape)
         return super().digest()
 
     @property
     def tensor(self) -> onnx.TensorProto:
+        """The content as a proto of its own."""
         copy = TensorProto()
         copy.CopyFrom(self.proto)
         return copy
@@ -122,28 +130,34 @@ class ArrayWeight(Weight):
 
     @property
     def storage_key(self) -> Hashable:
+        """Identity of the raw bytes, see `Weight.storage_key`."""
         return ("array", id(self.array))
 
     def view(self) -> np.ndarray:
+        """Return the content, see `Weight.view`."""
         view = self.array.view()
         view.flags.writeable = False
         return view
 
     def load(self) -> np.ndarray:
+        """Return the array itself: changing it in place changes the constant, as graphsurgeon users expect."""
         return self.array
 
     def raw(self) -> Buffer:
+        """Return the raw bytes, see `Weight.raw`."""
         if self.onnx_dtype == TensorProto.STRING:
             raise ModelError("a string tensor has no raw bytes")
         return dtypes.pack(self.array, self.onnx_dtype)
 
     def digest(self) -> bytes:
+        """Return the SHA-256, see `Weight.digest`; strings are hashed with their lengths."""
         if self._digest is None and self.onnx_dtype == TensorProto.STRING:
             self._digest = string_digest([_encoded(text) for text in self.array.reshape(-1)], self.shape)
         return super().digest()
 
     @property
     def tensor(self) -> onnx.TensorProto:
+        """The content as a proto of its own."""
         if self.onnx_dtype == TensorProto.STRING:
             return TensorProto(
                 dims=self.shape,
@@ -155,8 +169,6 @@ class ArrayWeight(Weight):
 
 def string_digest(texts: list[bytes], shape: tuple[int, ...]) -> bytes:
     """Return the SHA-256 of a string tensor; lengths are hashed too, so that ["ab", ""] differs from ["a", "b"]."""
-    import hashlib
-
     digest = hashlib.sha256(f"{int(TensorProto.STRING)} {shape}\n".encode())
     for text in texts:
         digest.update(len(text).to_bytes(8, "little"))

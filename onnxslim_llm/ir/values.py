@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import onnx
 import onnx_graphsurgeon as gs
 from onnx import TypeProto, ValueInfoProto
 
 from onnxslim_llm.ir import dtypes
 from onnxslim_llm.ir.skeleton import ValueSkeleton, copy_without, skeleton_of
 
-__all__ = ["read_type", "variable", "write_value"]
+__all__ = ["assign", "read_type", "variable", "write_value"]
 
 _ROLES = ("input", "output", "info")
 _TYPE = frozenset(["type"])
@@ -54,7 +53,7 @@ def read_type(proto: TypeProto) -> tuple[Any, tuple[Any, ...] | None, str]:
 
 
 def write_value(out: ValueInfoProto, tensor: gs.Tensor, role: str, base: ValueInfoProto | None = None) -> None:
-    """Fill `out` with the entry of a tensor in a role; as it was read, unless name, dtype or shape are different now."""
+    """Fill `out` with the entry of a tensor in a role; as it was read, unless name, dtype or shape differ now."""
     skeleton: ValueSkeleton | None = skeleton_of(tensor, ValueSkeleton)
     if base is None and skeleton is not None:
         base = skeleton.protos.get(role)
@@ -140,3 +139,7 @@ def _tensor_type(proto: TypeProto) -> Any:
     return None
 
 
+def assign(message: Any, field: str, value: Any) -> None:
+    """Set a scalar field if its value differs; so a field that is absent stays different from one that is empty."""
+    if getattr(message, field) != value:
+        setattr(message, field, value)

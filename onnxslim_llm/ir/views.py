@@ -57,30 +57,36 @@ class ViewWeight(Weight):
 
     @property
     def storage_key(self) -> Hashable:
+        """Identity of the raw bytes, see `Weight.storage_key`."""
         # A reshape keeps the order of the bytes.
         return self.base.storage_key if self.op[0] == "reshape" else ("view", self.base.key, self.op)
 
     @property
     def storage(self) -> Weight:
+        """The weight whose bytes are stored, see `Weight.storage`."""
         return self.base.storage if self.op[0] == "reshape" else self
 
     def view(self) -> np.ndarray:
+        """Return the content, see `Weight.view`."""
         kind, argument = self.op
         array = self.base.view()
         return array.transpose(argument) if kind == "transpose" else array.reshape(argument)
 
     def raw(self) -> Buffer:
+        """Return the raw bytes, see `Weight.raw`."""
         if self.op[0] == "reshape":
             return self.base.raw()
         return dtypes.pack(self.view(), self.onnx_dtype)
 
     def release(self, start: int = 0, stop: int | None = None) -> None:
+        """Drop mapped pages, see `Weight.release`."""
         if self.op[0] == "reshape":
             self.base.release(start, stop)
         else:
             self.base.release()
 
     def chunks(self, limit: int = CHUNK_BYTES) -> Iterator[tuple[int, Buffer]]:
+        """Yield the raw content in pieces, see `Weight.chunks`."""
         if self.op[0] == "reshape":
             yield from self.base.chunks(limit)
             return
@@ -133,17 +139,22 @@ class AliasWeight(Weight):
 
     @property
     def storage_key(self) -> Hashable:
+        """Identity of the raw bytes, see `Weight.storage_key`."""
         return self.base.storage_key
 
     @property
     def storage(self) -> Weight:
+        """The weight whose bytes are stored, see `Weight.storage`."""
         return self.base.storage
 
     def raw(self) -> Buffer:
+        """Return the raw bytes, see `Weight.raw`."""
         return self.base.raw()
 
     def release(self, start: int = 0, stop: int | None = None) -> None:
+        """Drop mapped pages, see `Weight.release`."""
         self.base.release(start, stop)
 
     def chunks(self, limit: int = CHUNK_BYTES) -> Iterator[tuple[int, Buffer]]:
+        """Yield the raw content in pieces, see `Weight.chunks`."""
         return self.base.chunks(limit)

@@ -69,7 +69,7 @@ class Weight(LazyValues, metaclass=ABCMeta):  # type: ignore[misc]  # graphsurge
 
     @property
     def storage(self) -> Weight:
-        """The weight whose bytes are to be stored for this one; itself unless it only relabels another weight's bytes."""
+        """The weight whose bytes are stored for this one; itself unless it only relabels another weight's bytes."""
         return self
 
     def view(self) -> np.ndarray:
@@ -83,7 +83,7 @@ class Weight(LazyValues, metaclass=ABCMeta):  # type: ignore[misc]  # graphsurge
         return np.array(self.view())
 
     def release(self, start: int = 0, stop: int | None = None) -> None:
-        """Drop mapped pages of bytes [start, stop) from resident memory; the content stays readable. Default: nothing to do."""
+        """Drop mapped pages of bytes [start, stop) from resident memory; the content stays readable."""
 
     def chunks(self, limit: int = CHUNK_BYTES) -> Iterator[tuple[int, Buffer]]:
         """Yield (byte offset, bytes) pieces of the raw content in order, each at most about `limit` bytes."""
@@ -103,7 +103,7 @@ class Weight(LazyValues, metaclass=ABCMeta):  # type: ignore[misc]  # graphsurge
 
     @property
     def tensor(self) -> onnx.TensorProto:
-        """The content as a TensorProto, for `gs.export_onnx` and other code that expects graphsurgeon's own lazy values."""
+        """The content as a TensorProto, for `gs.export_onnx` and others that expect graphsurgeon's own lazy values."""
         return onnx.TensorProto(dims=self.shape, data_type=self.onnx_dtype, raw_data=bytes(self.raw()))
 
     def __str__(self) -> str:

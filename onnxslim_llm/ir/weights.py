@@ -35,8 +35,8 @@ __all__ = [
 def weight_of(tensor: gs.Constant) -> Weight:
     """Return what a constant holds, without loading it.
 
-    Arrays and graphsurgeon's own lazy values that a user put there come back wrapped, without a copy; a wrapped array has
-    a new wrapper at every call.
+    Arrays and graphsurgeon's own lazy values that a user put there come back wrapped, without a copy; an array gets a
+    new wrapper at every call.
 
     Raises:
         TypeError: The constant holds something else, or an array of a type that ONNX does not have.

@@ -66,7 +66,10 @@ def _strip(data: memoryview, start: int, stop: int, kind: str, mark: bytes, dept
                 raise WireError(f"a field of {length} bytes at byte {head} runs over the end at {stop}", truncated=True)
             child = children.get(tag >> 3) if length >= INLINE_BYTES else None
             if child is not None:
-                short = mark + PLACE.pack(position, length) if child == _RAW else _strip(data, position, end, child, mark, depth + 1)
+                if child == _RAW:
+                    short = mark + PLACE.pack(position, length)
+                else:
+                    short = _strip(data, position, end, child, mark, depth + 1)
                 if len(short) != length:
                     pieces += [data[kept:head], _encode(tag), _encode(len(short)), short]
                     kept = end
