@@ -14,6 +14,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from onnxslim_llm.artifact.manifest import Manifest
+from onnxslim_llm.ir.roles import ROLES
 from onnxslim_llm.report.format import (
     bytes_text,
     count_text,
@@ -23,7 +24,6 @@ from onnxslim_llm.report.format import (
     seconds_text,
 )
 from onnxslim_llm.report.plots import ROLE_COLOURS, bytes_plot, error_plot, time_plot
-from onnxslim_llm.report.roles import ROLES
 
 __all__ = ["render_report"]
 

@@ -9,8 +9,8 @@ import pygal
 from pygal.style import Style
 
 from onnxslim_llm.artifact.manifest import LayerError, PassEntry
+from onnxslim_llm.ir.roles import ROLES
 from onnxslim_llm.report.format import bytes_text, figure_text, seconds_text
-from onnxslim_llm.report.roles import ROLES
 
 __all__ = ["ROLE_COLOURS", "bytes_plot", "error_plot", "time_plot"]
 

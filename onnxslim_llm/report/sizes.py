@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from onnxslim_llm.ir.dtypes import dtype_name
+from onnxslim_llm.ir.roles import ROLES, constant_roles
 from onnxslim_llm.ir.weights import weight_of
-from onnxslim_llm.report.roles import ROLES, constant_roles
 
 if TYPE_CHECKING:
     from onnxslim_llm.ir.model import Model

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxslim_llm.artifact.manifest import Gate, Manifest, PassEntry
+from onnxslim_llm.ir.roles import ROLES
 from onnxslim_llm.report.format import bytes_text, count_text, figure_text, ratio_text, seconds_text
-from onnxslim_llm.report.roles import ROLES
 
 __all__ = ["compile_summary", "count_table", "gate_lines", "pass_table", "plain_table", "size_table"]
 
