@@ -104,8 +104,9 @@ def _tensor(tensor: gs.Tensor, tensors: dict[int, gs.Tensor]) -> gs.Tensor:
 
 
 def _copy_skeleton(old: Any, new: Any) -> None:
-    if "skeleton" in old.__dict__:
-        new.skeleton = old.skeleton
+    for name in ("skeleton", "inferred", "overridable"):
+        if name in old.__dict__:
+            setattr(new, name, old.__dict__[name])
 
 
 def _share_functions(graph: gs.Graph, functions: list[gs.Function]) -> None:

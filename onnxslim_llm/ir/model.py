@@ -36,6 +36,7 @@ STUB_BYTES = 1 << 10
 """Initializers of more bytes than this are left out of protos without weights; smaller ones say shapes and axes."""
 
 _MODEL_LISTS = frozenset(["graph", "functions", "opset_import"])
+_OVERRIDABLE_SINCE_IR = 4
 
 
 class Model:
@@ -265,6 +266,7 @@ def _build(proto: onnx.ModelProto, tensors: TensorReader, path: Path | None) -> 
             scope.import_domains.append(item)
             model.notes.append(f"domain '{item.domain}' was used but not imported; version {item.version} is assumed")
     _remember_orphans(model)
+    _mark_overridable(graph, int(proto.ir_version))
     model.check()
     return model
 
@@ -279,6 +281,13 @@ def _share(graph: gs.Graph, functions: list[gs.Function], imports: list[onnx.Ope
         item._functions = shared
         item.import_domains = imports
         item.opset = opset or item.opset
+
+
+def _mark_overridable(graph: gs.Graph, ir_version: int) -> None:
+    if ir_version >= _OVERRIDABLE_SINCE_IR:
+        for _, tensor in skeleton_of(graph, GraphSkeleton).inputs:
+            if isinstance(tensor, gs.Constant):
+                tensor.overridable = True
 
 
 def _remember_orphans(model: Model) -> None:

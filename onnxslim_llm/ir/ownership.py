@@ -14,7 +14,23 @@ from onnxslim_llm.errors import CompilerBug
 from onnxslim_llm.ir.skeleton import GraphSkeleton, skeleton_of
 from onnxslim_llm.ir.weights import weight_of
 
-__all__ = ["attribute_constants", "drop_orphans", "orphans", "owned_constants", "subgraphs", "used_ids"]
+__all__ = [
+    "attribute_constants",
+    "drop_orphans",
+    "is_overridable",
+    "orphans",
+    "owned_constants",
+    "subgraphs",
+    "used_ids",
+]
+
+
+def is_overridable(tensor: gs.Tensor) -> bool:
+    """Return whether an initializer is only the default of a graph input: the caller may give another value.
+
+    (ONNX since IR version 4: an initializer that is listed among the inputs. Before, all of them had to be listed.)
+    """
+    return bool(tensor.__dict__.get("overridable", False))
 
 
 def subgraphs(node: gs.Node) -> Iterator[gs.Graph]:
@@ -57,7 +73,8 @@ def owned_constants(graph: gs.Graph, outer: frozenset[int] = frozenset()) -> lis
     if skeleton is not None:
         used = used_ids(graph)
         for constant in skeleton.initializers:
-            if isinstance(constant, gs.Constant) and (id(constant) in used or id(constant) in skeleton.orphans):
+            kept = id(constant) in used or id(constant) in skeleton.orphans or is_overridable(constant)
+            if isinstance(constant, gs.Constant) and kept:
                 found[id(constant)] = constant
     for node in graph.nodes:
         for tensor in node.inputs:
@@ -86,7 +103,8 @@ def orphans(graph: gs.Graph) -> list[gs.Constant]:
     if skeleton is None:
         return []
     used = used_ids(graph)
-    return [item for item in skeleton.initializers if id(item) in skeleton.orphans and id(item) not in used]
+    unused = [item for item in skeleton.initializers if id(item) in skeleton.orphans and id(item) not in used]
+    return [item for item in unused if not is_overridable(item)]
 
 
 def drop_orphans(graph: gs.Graph) -> list[str]:

@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxslim_llm.ir.dims import Dim, Expr, parse, symbol
+from onnxslim_llm.ir.ownership import is_overridable
 from onnxslim_llm.ir.shape_rules import SHAPE_RULES, NodeView
 from onnxslim_llm.ir.value_rules import VALUE_RULES
 from onnxslim_llm.ir.weights import weight_of
@@ -90,7 +91,7 @@ class SymbolicValues:
         if id(tensor) not in self._values:
             weight = weight_of(tensor)
             kind = weight.dtype.kind if isinstance(weight.dtype, np.dtype) else ""
-            small = weight.size <= MAX_VALUE_ELEMENTS and kind in "iub"
+            small = weight.size <= MAX_VALUE_ELEMENTS and kind in ("i", "u", "b") and not is_overridable(tensor)
             self._tensors[id(tensor)] = tensor
             self._values[id(tensor)] = weight.view().astype(object) if small else None
         return self._values[id(tensor)]

@@ -36,7 +36,8 @@ def write_values(
     for node in graph.nodes:
         for tensor in node.outputs:
             if tensor.name and id(tensor) not in listed and isinstance(tensor, gs.Variable):
-                if tensor.dtype is not None or tensor.shape is not None:
+                known = tensor.dtype is not None or tensor.shape is not None
+                if known and "inferred" not in tensor.__dict__:  # what inference found can be found again
                     write_value(out.value_info.add(), tensor, "info")
                 listed.add(id(tensor))
 

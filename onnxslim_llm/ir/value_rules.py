@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import TensorProto
 
@@ -186,6 +187,17 @@ def _constant_of_shape(v: NodeView) -> Value:
 _LIMIT = 4096
 
 
+def _constant(v: NodeView) -> Value:
+    for name, content in v.node.attrs.items():
+        if name == "value" and isinstance(content, gs.Constant):
+            return v.value_of(content)
+        if name == "value_int":
+            return _array([content], ())
+        if name == "value_ints":
+            return _array(list(content), (len(content),))
+    return None
+
+
 def _range(v: NodeView) -> Value:
     numbers = [_ints(v.value(i)) for i in range(3)]
     if any(n is None or len(n) != 1 for n in numbers):
@@ -303,6 +315,7 @@ VALUE_RULES: dict[str, Rule] = {
     "And": _operator(lambda a, b: a and b),
     "Cast": _cast,
     "Concat": _concat,
+    "Constant": _constant,
     "ConstantOfShape": _constant_of_shape,
     "Div": _operator(_div),
     "Equal": _operator(_equal),

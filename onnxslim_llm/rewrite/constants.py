@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import helper
 
+from onnxslim_llm.ir.ownership import is_overridable
 from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.rewrite.schema import normal_domain
 
@@ -35,7 +36,7 @@ def constant_tensor(tensor: gs.Tensor) -> gs.Constant | None:
             return node.attrs["value"]
         else:
             return None
-    return tensor if isinstance(tensor, gs.Constant) else None
+    return tensor if isinstance(tensor, gs.Constant) and not is_overridable(tensor) else None
 
 
 def is_constant(tensor: gs.Tensor) -> bool:
@@ -51,6 +52,8 @@ def constant_value(tensor: gs.Tensor, limit: int = SMALL_ELEMENTS) -> NDArray[An
         limit: Largest number of elements that is read.
     """
     if isinstance(tensor, gs.Constant):
+        if is_overridable(tensor):
+            return None
         weight = weight_of(tensor)
         return weight.load() if int(np.prod(weight.shape, dtype=np.int64)) <= limit else None
     if not isinstance(tensor, gs.Variable) or len(tensor.inputs) != 1:

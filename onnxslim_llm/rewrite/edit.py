@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
+from onnxslim_llm.ir.skeleton import NodeSkeleton, skeleton_of
 from onnxslim_llm.ir.weights import constant
 
 if TYPE_CHECKING:
     from onnxslim_llm.ir.model import Model
 
-__all__ = ["Builder", "detach", "redirect", "remove_dead", "replace_output"]
+__all__ = ["Builder", "detach", "inherit_metadata", "redirect", "remove_dead", "replace_output"]
 
 
 class Builder:
@@ -59,12 +61,26 @@ class Builder:
         return self.constant(array, hint)
 
 
-def redirect(old: gs.Variable, new: gs.Tensor) -> None:
+def redirect(old: gs.Tensor, new: gs.Tensor) -> None:
     """Let every node that reads `old`, in subgraphs too, read `new`."""
+    if old is new:
+        return
+    # graphsurgeon keeps both directions in step by searching lists for equal nodes: slow for a tensor with many users,
+    # and two nodes without names can be equal. So its lists are changed here from below.
     for user in {id(n): n for n in old.outputs}.values():
         for i, tensor in enumerate(user.inputs):
             if tensor is old:
-                user.inputs[i] = new
+                list.__setitem__(user.inputs, i, new)
+    list.extend(new.outputs, old.outputs)
+    list.clear(old.outputs)
+
+
+def _unlink(links: list[gs.Node], node: gs.Node) -> None:
+    """Take one entry of `node` (by identity) out of a tensor's list of producers or users."""
+    for i, other in enumerate(links):
+        if other is node:
+            list.__delitem__(links, i)
+            return
 
 
 def replace_output(old: gs.Variable, new: gs.Tensor, fresh: Iterable[gs.Node], graph_outputs: set[int]) -> bool:
@@ -84,7 +100,8 @@ def replace_output(old: gs.Variable, new: gs.Tensor, fresh: Iterable[gs.Node], g
         return True
     for node in fresh:
         for i, tensor in enumerate(node.outputs):
-            if tensor is new:
+            # A graph output that an earlier replacement put there keeps its name.
+            if tensor is new and id(new) not in graph_outputs:
                 _drop_output(old)
                 redirect(tensor, old)  # a fresh node may read another one's output
                 old.dtype = old.dtype if old.dtype is not None else tensor.dtype
@@ -125,10 +142,29 @@ def detach(node: gs.Node) -> None:
     """Cut a node, and the nodes of its subgraphs, off from all tensors."""
     for graph in node.subgraphs(recursive=True):
         for inner in graph.nodes:
-            inner.inputs.clear()
-            inner.outputs.clear()
-    node.inputs.clear()
-    node.outputs.clear()
+            _cut(inner)
+    _cut(node)
+
+
+def _cut(node: gs.Node) -> None:
+    for tensor in node.inputs:
+        _unlink(tensor.outputs, node)
+    for tensor in node.outputs:
+        _unlink(tensor.inputs, node)
+    list.clear(node.inputs)
+    list.clear(node.outputs)
+
+
+def inherit_metadata(old: gs.Node, output: gs.Variable) -> None:
+    """Give metadata and doc string of the replaced node `old` to the new node that makes `output`, if it has none."""
+    skeleton: NodeSkeleton | None = skeleton_of(old, NodeSkeleton)
+    node = output.inputs[0] if output.inputs else None
+    if skeleton is None or node is None or skeleton_of(node, NodeSkeleton) is not None:
+        return
+    kept = onnx.NodeProto(metadata_props=skeleton.proto.metadata_props)
+    if skeleton.proto.doc_string:
+        kept.doc_string = skeleton.proto.doc_string
+    node.skeleton = NodeSkeleton(kept, {})
 
 
 def remove_dead(candidates: Iterable[gs.Node], graph_outputs: set[int]) -> list[gs.Node]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import onnx_graphsurgeon as gs
 
 from onnxslim_llm.errors import CompilerBug
-from onnxslim_llm.rewrite.edit import Builder, remove_dead, replace_output
+from onnxslim_llm.rewrite.edit import Builder, inherit_metadata, remove_dead, replace_output
 from onnxslim_llm.rewrite.matcher import Match, Matcher
 from onnxslim_llm.rewrite.passes import Change
 from onnxslim_llm.rewrite.rule import Rule
@@ -61,6 +61,7 @@ class _Run:
         self.change = Change()
         self.counts: dict[str, int] = defaultdict(int)
         self.misses: dict[tuple[str, str], tuple[int, str]] = {}
+        self._blocked: set[tuple[str, int]] = set()  # (rule, root) whose outputs cannot all be replaced
         self._removed: dict[int, gs.Node] = {}  # keeps removed nodes alive, so that their ids stay theirs
 
     def sweep(self) -> bool:
@@ -88,6 +89,8 @@ class _Run:
         return len(self.change.sites) > before
 
     def _match(self, rule: Rule, node: gs.Node) -> Match | None:
+        if (rule.name, id(node)) in self._blocked:
+            return None
         match = self.matcher.find(rule.outputs, node, rule.keep_shared)
         where = node.outputs[0].name if node.outputs else node.name
         if match is None:
@@ -111,20 +114,34 @@ class _Run:
         if len(new) != len(match.outputs):
             raise CompilerBug(f"{rule.name} returned {len(new)} tensors for {len(match.outputs)} outputs", where=site)
         matched = list(match.nodes.values())
+        root = match.root
         for node in builder.nodes:
             node.home = graph
-        done = [
-            replace_output(old, tensor, builder.nodes, self.graph_outputs)
-            for old, tensor in zip(match.outputs, new, strict=True)
-        ]
+        done = self._replace(match.outputs, new, builder.nodes)
+        if not all(done):
+            self._blocked.add((rule.name, id(root)))
         if not any(done):
             remove_dead(builder.nodes, self.graph_outputs)
             return None
+        inherit_metadata(root, match.outputs[0])
         for node in remove_dead(matched, self.graph_outputs):
             self._removed[id(node)] = node
         self.change.sites.append(site)
         self.counts[rule.name] += 1
         return builder.nodes
+
+    def _replace(
+        self, outputs: Sequence[gs.Variable], new: Sequence[gs.Tensor], fresh: list[gs.Node]
+    ) -> list[bool]:
+        done = []
+        moved: dict[int, gs.Tensor] = {}  # new tensors whose place an old one took, for rules that return one twice
+        for old, tensor in zip(outputs, new, strict=True):
+            source = moved.get(id(tensor), tensor)
+            produced = isinstance(source, gs.Variable) and bool(source.inputs)
+            done.append(replace_output(old, source, fresh, self.graph_outputs))
+            if produced and not source.inputs:
+                moved[id(tensor)] = old
+        return done
 
     def _rebuild(self, graph: gs.Graph, fresh_before: dict[int, list[gs.Node]], reordered: bool) -> None:
         nodes: list[gs.Node] = []

@@ -104,7 +104,7 @@ class Matcher:
         self.stuck = None
         start = Match({}, {}, {}, {})
         for match in self._node(outputs[0].node, root, start):
-            if outputs[0].index >= len(root.outputs):
+            if outputs[0].index >= len(root.outputs) or root.outputs[outputs[0].index].is_empty():
                 continue
             found = tuple(match.nodes[id(o.node)].outputs[o.index] for o in outputs if id(o.node) in match.nodes)
             if len(found) != len(outputs):
@@ -218,7 +218,7 @@ class Matcher:
         found = dict(match.attributes)
         for name, expected in pattern.attributes.items():
             actual = self._attribute(node, name)
-            rank = _rank(node)
+            rank = _rank(node, actual)
             if isinstance(expected, Bind):
                 if not expected.accepts(actual):
                     self._fail(match, f"{node.op}.{name} is {_brief(actual)}", node.name or node.op)
@@ -253,9 +253,12 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _rank(node: gs.Node) -> int | None:
+def _rank(node: gs.Node, axes: Any) -> int | None:
+    """Return the rank that the node's axes count in."""
     shape = getattr(node.inputs[0], "shape", None) if node.inputs else None
-    return len(shape) if shape is not None else None
+    if shape is None:
+        return None
+    return len(shape) + np.size(axes) if node.op == "Unsqueeze" else len(shape)
 
 
 def _constant_equals(pattern: ConstantPattern, tensor: gs.Tensor) -> bool:

@@ -1,0 +1,116 @@
+"""Shape inference without weights: onnx's own, refined by sizes as expressions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import shape_inference
+
+from onnxslim_llm.ir.dims import Dim
+from onnxslim_llm.ir.symbolic import SymbolicValues, is_named
+from onnxslim_llm.ir.values import read_type
+
+if TYPE_CHECKING:
+    from onnxslim_llm.ir.model import Model
+
+__all__ = ["SymbolicValues", "infer_shapes"]
+
+#: onnx's inference names the sizes that it does not know unk__0, unk__1, ...
+_UNKNOWN_PREFIX = "unk__"
+
+
+def infer_shapes(model: Model) -> SymbolicValues:
+    """Fill in missing element types and shapes of the variables, in subgraphs too.
+
+    What the model says is kept: a dimension is only filled in where it is unknown, or where a name becomes a number;
+    graph inputs are never changed, nor are outputs whose type is complete. Sizes are ints, names and sums of products
+    of names ("past_sequence_length + sequence_length"), see `dims`. Variables about which the model said nothing are
+    marked `inferred`: the writer leaves them out, so that inference does not make a file grow.
+
+    Unknown operators are no error: what depends on them stays unknown.
+
+    Returns:
+        What is known beyond that: unnamed sizes and the contents of small integer tensors.
+    """
+    proto = model.to_proto("omit")
+    for output in proto.graph.output:
+        _forget_names(output)
+    try:
+        proto = shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
+    except (shape_inference.InferenceError, RuntimeError, ValueError) as error:
+        model.notes.append(f"onnx's shape inference failed: {str(error).splitlines()[0]}")
+    _take_over(model.graph, proto.graph, top=True)
+    values = SymbolicValues(model)
+    fixed = {id(t) for t in (*model.graph.inputs, *model.graph.outputs)}
+    for graph in model.graphs():
+        for node in graph.nodes:
+            for tensor in node.outputs:
+                shape = values.shape_of(tensor) if not tensor.is_empty() else None
+                if shape is not None and id(tensor) not in fixed:
+                    _fill_shape(tensor, tuple(_written(dim) for dim in shape))
+    return values
+
+
+def _forget_names(output: onnx.ValueInfoProto) -> None:
+    # Exporters write names of sizes into outputs unchecked, and inference would spread them backwards.
+    if output.type.WhichOneof("value") == "tensor_type":
+        for dim in output.type.tensor_type.shape.dim:
+            dim.ClearField("dim_param")
+
+
+def _take_over(graph: gs.Graph, proto: onnx.GraphProto, top: bool) -> None:
+    found = {entry.name: entry for entry in (*proto.value_info, *proto.output)}
+    inputs = {id(t) for t in graph.inputs}
+    # The writer keeps the order of the nodes.
+    for node, written in zip(graph.nodes, proto.node, strict=True):
+        for tensor in node.outputs:
+            entry = found.get(tensor.name)
+            if entry is not None and not tensor.is_empty() and id(tensor) not in inputs:
+                _fill(tensor, entry)
+        graphs = {attribute.name: attribute.g for attribute in written.attribute if attribute.HasField("g")}
+        for name, value in node.attrs.items():
+            if isinstance(value, gs.Graph):
+                _take_over(value, graphs[name], top=False)
+
+
+def _fill(tensor: gs.Variable, entry: onnx.ValueInfoProto) -> None:
+    dtype, shape, kind = read_type(entry.type)
+    if tensor.type != kind and (tensor.dtype is not None or tensor.shape is not None):
+        return
+    if tensor.dtype is None and tensor.shape is None:
+        if dtype is None and shape is None:
+            return
+        tensor.inferred = True
+        tensor.type = kind
+    if tensor.dtype is None:
+        tensor.dtype = dtype
+    if shape is not None:
+        names = tuple(None if isinstance(d, str) and d.startswith(_UNKNOWN_PREFIX) else d for d in shape)
+        _fill_shape(tensor, names)
+
+
+def _fill_shape(tensor: gs.Variable, shape: tuple[int | str | None, ...]) -> None:
+    if tensor.shape is None:
+        if tensor.dtype is None and "inferred" not in tensor.__dict__:
+            tensor.inferred = True
+        tensor.shape = list(shape)
+        return
+    if len(tensor.shape) != len(shape):
+        return
+    merged = [_better(mine, theirs) for mine, theirs in zip(tensor.shape, shape, strict=True)]
+    if merged != list(tensor.shape):
+        tensor.shape = merged
+
+
+def _better(mine: int | str | None, theirs: int | str | None) -> int | str | None:
+    if mine is None or mine == "":
+        return theirs
+    return theirs if isinstance(mine, str) and isinstance(theirs, int) else mine
+
+
+def _written(dim: Dim) -> int | str | None:
+    if isinstance(dim, int):
+        return dim
+    return str(dim) if is_named(dim) else None
