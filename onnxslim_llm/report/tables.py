@@ -110,7 +110,7 @@ def count_table(title: str, counts: Mapping[str, int]) -> Table:
     """Names with their numbers, most frequent first."""
     table = _table(title, ">number")
     for name, number in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        table.add_row(name, count_text(number))
+        table.add_row(Text(name), count_text(number))
     return table
 
 
@@ -120,7 +120,7 @@ def size_table(title: str, sizes: Mapping[str, int]) -> Table:
     total = sum(sizes.values()) or 1
     for name, size in sizes.items():
         bar = Bar(total, 0, size, width=_BAR_WIDTH, color="cyan")
-        table.add_row(name, bytes_text(size), f"{100 * size / total:.1f} %", bar)
+        table.add_row(Text(name), bytes_text(size), f"{100 * size / total:.1f} %", bar)
     return table
 
 
@@ -128,7 +128,8 @@ def plain_table(headers: Sequence[str], rows: Iterable[Sequence[RenderableType]]
     """A table of `rows`; a header that begins with '>' has its column aligned to the right."""
     table = _table(*headers)
     for row in rows:
-        table.add_row(*row)
+        # As Text, because a name may hold brackets, which rich takes for markup.
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     return table
 
 

@@ -1,0 +1,92 @@
+"""onnxslim-llm compile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from onnxslim_llm.cli.output import Output, output_options
+from onnxslim_llm.cli.params import PATH, SIZE
+
+__all__ = ["command"]
+
+
+@click.command("compile")
+@click.argument("model", type=PATH)
+@click.option("-o", "--output", "out", metavar="DIR", type=PATH, help="The artifact's folder. [default: <stem>.slim]")
+@click.option("--target", metavar="NAME", help="The runtime it is for; `targets` lists them.")
+@click.option("--recipe", metavar="NAME|FILE.toml", help="What to do; `passes` lists the presets. [default: by model]")
+@click.option("--set", "settings", metavar="PASS.OPTION=VALUE", multiple=True, help="Change an option of the recipe.")
+@click.option("--calib", metavar="FILE|DIR", type=PATH, help="Text or .npz inputs to verify (and calibrate) with.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Threads. [default: all usable CPUs]")
+@click.option("--memory-limit", type=SIZE, help="Memory for weights in work, like 800MB.")
+@click.option(
+    "--verify", type=click.Choice(["fast", "full", "off"]), default="fast", show_default=True, help="How thoroughly."
+)
+@click.option("--resume", is_flag=True, help="Go on from an interrupted compile.")
+@click.option("--force", is_flag=True, help="Replace an existing artifact.")
+@output_options
+def command(
+    model: Path,
+    out: Path | None,
+    target: str | None,
+    recipe: str | None,
+    settings: tuple[str, ...],
+    calib: Path | None,
+    jobs: int | None,
+    memory_limit: int | None,
+    verify: Literal["fast", "full", "off"],
+    resume: bool,
+    force: bool,
+    output: Output,
+) -> None:
+    """Turn MODEL into a small, fast, verified artifact.
+
+    MODEL is an .onnx file (external data beside it) or a folder with exactly one. DIR then holds model.onnx, its data,
+    manifest.json and report.html; it appears complete or not at all.
+    """
+    from onnxslim_llm import compiler
+    from onnxslim_llm.cli.progress import TerminalProgress
+    from onnxslim_llm.errors import GateError
+
+    given: dict[str, Any] = {} if target is None else {"target": target}
+    with TerminalProgress(output) as progress:
+        try:
+            result = compiler.compile(
+                model,
+                out,
+                recipe=recipe,
+                settings=settings,
+                calib=calib,
+                jobs=jobs,
+                memory_limit=memory_limit,
+                verify=verify,
+                resume=resume,
+                force=force,
+                progress=progress,
+                **given,
+            )
+        except GateError as error:
+            rejected = getattr(error, "manifest", None)
+            if rejected is not None:
+                _show(rejected, output)
+            raise
+    for note in result.manifest.notes:
+        if note not in progress.told:
+            output.note(note)
+    _show(result.manifest, output)
+    if not output.json:
+        output.note(f"wrote {result.path}; open {result.path / 'report.html'} for the whole account")
+
+
+def _show(manifest: Any, output: Output) -> None:
+    if output.json:
+        click.echo(manifest.dumps(), nl=False)
+        return
+    from onnxslim_llm.report.tables import compile_summary, pass_table
+
+    output.show(compile_summary(manifest))
+    if output.verbose:
+        output.show(pass_table(manifest.passes))

@@ -1,0 +1,98 @@
+"""onnxslim-llm diff."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxslim_llm.cli.output import Output, output_options
+from onnxslim_llm.cli.params import PATH
+
+if TYPE_CHECKING:
+    from onnxslim_llm.report.difference import StructuralDifference
+    from onnxslim_llm.verify.layers import LayerComparison
+
+__all__ = ["command"]
+
+_LAYERS_SHOWN = 20
+
+
+@click.command("diff")
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+@click.option("--no-run", is_flag=True, help="Only operators and bytes; nothing is run.")
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="Of the runtime; 0: its own choice.")
+@output_options
+def command(a: Path, b: Path, no_run: bool, threads: int, output: Output) -> None:
+    """Compare the models A (the reference) and B: operators, bytes, and the same-named tensors on the same inputs."""
+    from onnxslim_llm.cli.progress import TerminalProgress
+    from onnxslim_llm.ir.model import open_model
+    from onnxslim_llm.ir.openfile import resolve_model_path
+    from onnxslim_llm.report.difference import structural_difference
+
+    first, second = resolve_model_path(a), resolve_model_path(b)
+    structure = structural_difference(open_model(first), open_model(second))
+    layers = None
+    if not no_run:
+        from onnxslim_llm.verify.layers import compare_layers
+
+        with TerminalProgress(output) as progress:
+            progress.stage("compare", None, "inputs")
+            layers = compare_layers(
+                first,
+                second,
+                threads=threads,
+                progress=lambda done, total: progress.advance(done, f"{done} of {total}"),
+            )
+    data = {"a": str(first), "b": str(second), "structure": structure.to_json()}
+    data["layers"] = layers.to_json() if layers else None
+    output.result(data, *([] if output.json else _page(structure, layers, output.verbose)))
+
+
+def _page(structure: StructuralDifference, layers: LayerComparison | None, verbose: bool) -> list[Any]:
+    from onnxslim_llm.report.format import bytes_text, count_text, ratio_text
+    from onnxslim_llm.report.tables import plain_table
+
+    ops = [["all nodes", *map(count_text, structure.nodes)]]
+    ops += [[op, count_text(x), count_text(y)] for op, (x, y) in structure.ops.items()]
+    sizes = [
+        [role, bytes_text(x), bytes_text(y), ratio_text(y, x)]
+        for role, (x, y) in [*structure.bytes_by_role.items(), ("all weights", structure.weight_bytes)]
+    ]
+    page: list[Any] = [
+        plain_table(["operator", ">A", ">B"], ops),
+        plain_table(["role", ">A", ">B", ">ratio"], sizes),
+    ]
+    versions = [[domain or "ai.onnx", str(x or "–"), str(y or "–")] for domain, (x, y) in structure.opset.items()]
+    if versions:
+        page.append(plain_table(["opset", ">A", ">B"], versions))
+    for side, names in (("inputs", structure.inputs), ("outputs", structure.outputs)):
+        if any(names):
+            page.append(
+                plain_table([f"{side} of one only", "A", "B"], [["", "\n".join(names[0]), "\n".join(names[1])]])
+            )
+    if layers is not None:
+        page.append(_layer_table(layers, verbose))
+    return page
+
+
+def _layer_table(layers: LayerComparison, verbose: bool) -> Any:
+    from onnxslim_llm.report.format import figure_text
+    from onnxslim_llm.report.tables import plain_table
+
+    shown = layers.layers if verbose else layers.layers[:_LAYERS_SHOWN]
+    rows: list[list[Any]] = [
+        [
+            x.name,
+            x.op,
+            "equal" if x.max_abs == 0 else f"{x.sqnr_db:.1f} dB",
+            figure_text(x.max_abs),
+            f"{x.cosine:.6f}",
+        ]
+        for x in shown
+    ]
+    if len(shown) < len(layers.layers):
+        rows.append([f"and {len(layers.layers) - len(shown)} better ones (-v)", "", "", "", ""])
+    return plain_table(["tensor, worst first", "operator", ">SQNR", ">largest", ">cosine"], rows)

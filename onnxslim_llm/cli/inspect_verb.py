@@ -1,0 +1,95 @@
+"""onnxslim-llm inspect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxslim_llm.cli.output import Output, output_options
+from onnxslim_llm.cli.params import PATH
+
+if TYPE_CHECKING:
+    from onnxslim_llm.compiler import Inspection
+
+__all__ = ["command"]
+
+_REASONS_SHOWN = 3
+
+
+@click.command("inspect")
+@click.argument("model", type=PATH)
+@click.option("--recipe", metavar="NAME|FILE.toml", help="Whose passes are tried. [default: as `compile`]")
+@click.option("--target", metavar="NAME", help="The target of that trial.")
+@output_options
+def command(model: Path, recipe: str | None, target: str | None, output: Output) -> None:
+    """Tell what is in MODEL: blocks, operators, weights by role and type, and what a recipe would change or not."""
+    from onnxslim_llm import compiler
+
+    given: dict[str, Any] = {} if target is None else {"target": target}
+    found = compiler.inspect(model, recipe=recipe, **given)
+    output.result(found.to_json(), *([] if output.json else _page(found, output.verbose)))
+
+
+def _page(found: Inspection, verbose: bool) -> list[Any]:
+    from rich.text import Text
+
+    from onnxslim_llm.report.format import bytes_text, count_text, percent_text, shape_text
+    from onnxslim_llm.report.tables import count_table, plain_table, size_table
+
+    opset = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in found.opset.items())
+    kind = f"decoder, {found.blocks} blocks" if found.decoder else f"no decoder: {found.why_not_decoder}"
+    facts = [
+        ["file", found.path],
+        ["from", found.producer or "unknown exporter"],
+        ["opset", opset],
+        ["kind", kind],
+        ["nodes", count_text(sum(found.ops.values()))],
+        ["weights", bytes_text(found.weight_bytes)],
+    ]
+    ports = [
+        [side, port.name, port.kind, "unknown rank" if port.shape is None else shape_text(port.shape)]
+        for side, group in (("in", found.inputs), ("out", found.outputs))
+        for port in group
+    ]
+    page: list[Any] = [plain_table(["", ""], [[Text(cell) for cell in row] for row in facts])]
+    page.append(_shortened(ports, verbose))
+    page += [count_table("operator", found.ops), size_table("role", found.bytes_by_role)]
+    page.append(size_table("type", found.bytes_by_dtype))
+    zeros = [[role, percent_text(share)] for role, share in found.zeros.items() if share > 0]
+    if zeros:
+        page.append(plain_table(["role", ">zeros"], zeros))
+    if found.unknown_ops:
+        page.append(Text(f"operators without a definition, kept as they are: {', '.join(found.unknown_ops)}"))
+    page.append(_sites(found, verbose))
+    page += [Text(f"note: {note}") for note in found.notes]
+    return page
+
+
+def _shortened(ports: list[list[str]], verbose: bool) -> Any:
+    """A KV cache has two ports a layer, in and out: those of the first layer tell all."""
+    from onnxslim_llm.report.tables import plain_table
+
+    limit = len(ports) if verbose else 8
+    rows = ports[:limit]
+    if len(ports) > limit:
+        rows.append(["", f"and {len(ports) - limit} more (-v)", "", ""])
+    return plain_table(["", "name", "type", "shape"], rows)
+
+
+def _sites(found: Inspection, verbose: bool) -> Any:
+    from rich.text import Text
+
+    from onnxslim_llm.report.tables import plain_table
+
+    rows = []
+    for site in found.sites:
+        reasons: dict[str, int] = {}
+        for _, reason in site.skipped:
+            reasons[reason] = reasons.get(reason, 0) + 1
+        most = sorted(reasons.items(), key=lambda item: -item[1])
+        lines = [f"{number} x {reason}" for reason, number in most[: None if verbose else _REASONS_SHOWN]]
+        if site.changed or site.skipped:
+            rows.append([site.name, str(site.changed), str(len(site.skipped)), Text("\n".join(lines))])
+    return plain_table([f"recipe '{found.recipe}'", ">would change", ">leaves alone", "because"], rows)

@@ -1,0 +1,43 @@
+"""Values of options that have their own notation."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = ["FILE", "PATH", "SIZE", "parse_size"]
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '800MB', '1.5 GiB', '2g' or '123456'.
+
+    Raises:
+        ValueError: It is no size, or not positive.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
+    if not found:
+        raise ValueError(f"'{text}' is no size; write it like 800MB or 1.5GiB")
+    size = round(float(found.group(1)) * _UNITS[(found.group(2) or "").lower()])
+    if size < 1:
+        raise ValueError(f"'{text}' is not positive")
+    return size
+
+
+class _Size(click.ParamType):
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return value if isinstance(value, int) else parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+SIZE = _Size()
+PATH = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, exists=True, dir_okay=False)

@@ -1,0 +1,108 @@
+"""From arguments to an exit code: every way a command can end, told in at most three lines."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import TracebackType
+
+import click
+from click.exceptions import NoSuchCommand, NoSuchOption
+
+from onnxslim_llm.errors import SlimError
+
+__all__ = ["PROGRAM", "run"]
+
+PROGRAM = "onnxslim-llm"
+_INTERRUPTED = 128 + signal.SIGINT
+_BROKEN_PIPE = 128 + signal.SIGPIPE
+_BUG = 70
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line `arguments` (without the program's name) and return the exit code."""
+    from onnxslim_llm.cli.app import app
+
+    verbose = any(a == "-v" or a == "--verbose" for a in arguments)
+    try:
+        with app.make_context(PROGRAM, list(arguments)) as context:
+            app.invoke(context)
+        sys.stdout.flush()
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except (BrokenPipeError, KeyboardInterrupt, Exception) as error:
+        return _failed(error, arguments, verbose)
+    return 0
+
+
+def _failed(error: BaseException, arguments: Sequence[str], verbose: bool) -> int:
+    if isinstance(error, BrokenPipeError):
+        # Whoever read our output has gone; what is still buffered must not fail at exit again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    if isinstance(error, KeyboardInterrupt):
+        resumable = bool(arguments) and arguments[0] == "compile"
+        _tell("interrupted", "", "the same command with --resume goes on where it stopped" if resumable else "")
+        return _INTERRUPTED
+    if isinstance(error, click.ClickException):
+        _tell(*_usage(error))
+        return 2
+    if verbose:
+        traceback.print_exception(error)
+    shown = _as_slim_error(error, arguments)
+    _tell(shown.what, shown.where, shown.todo)
+    return shown.exit_code
+
+
+def _as_slim_error(error: BaseException, arguments: Sequence[str]) -> SlimError:
+    from onnxslim_llm.artifact.resources import as_resource_error
+    from onnxslim_llm.errors import CompilerBug
+
+    if isinstance(error, SlimError):
+        return error
+    if isinstance(error, OSError | MemoryError):
+        return as_resource_error(error)
+    place = _place(error.__traceback__)
+    return CompilerBug(
+        f"this is a bug: {type(error).__name__}: {error}".splitlines()[0],
+        where=place,
+        todo=f"report it with the output of: {PROGRAM} {' '.join(arguments)} -v",
+    )
+
+
+def _place(tb: TracebackType | None) -> str:
+    """The innermost line of our own code, and the pass that was running."""
+    place, running = "", ""
+    while tb is not None:
+        code = tb.tb_frame.f_code
+        module = tb.tb_frame.f_globals.get("__name__", "")
+        if module.startswith("onnxslim_llm"):
+            place = f"{module}:{tb.tb_lineno} in {code.co_name}"
+        owner = tb.tb_frame.f_locals.get("self")
+        if hasattr(type(owner), "name") and hasattr(type(owner), "apply"):
+            running = f"pass '{type(owner).name}', "
+        tb = tb.tb_next
+    return running + place
+
+
+def _usage(error: click.ClickException) -> tuple[str, str, str]:
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context else PROGRAM
+    what = error.format_message() if not isinstance(error, NoSuchOption | NoSuchCommand) else error.message
+    hints = error.possibilities if isinstance(error, NoSuchOption | NoSuchCommand) else None
+    todo = f"{where} --help lists what there is"
+    if hints:
+        todo = "did you mean " + " or ".join(f"'{hint}'" for hint in hints) + "?"
+    what = what.rstrip(".")
+    return what[:1].lower() + what[1:], where, todo
+
+
+def _tell(what: str, where: str, todo: str) -> None:
+    click.echo(click.style("error: ", fg="red", bold=True) + what, err=True)
+    if where:
+        click.echo(click.style("  where: ", dim=True) + where, err=True)
+    if todo:
+        click.echo(click.style("  to do: ", dim=True) + todo, err=True)
