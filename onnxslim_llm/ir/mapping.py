@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
@@ -35,7 +37,7 @@ class MappedFile:
         self.path = path
         status = os.stat(path)
         self.size = status.st_size
-        self.identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        self.identity = _identity(status)
         self._map: mmap.mmap | None = None
         self._lock = Lock()
 
@@ -43,17 +45,11 @@ class MappedFile:
         """Return bytes [offset, offset + length) as a read-only uint8 array over the mapped pages.
 
         Raises:
-            ResourceError: The file has gone, has shrunk or may not be read.
+            ResourceError: The file has gone, has changed, or may not be read.
         """
         if length == 0:
             return np.empty(0, np.uint8)
         mapped = self._mapped()
-        if offset + length > len(mapped):
-            raise ResourceError(
-                "a weight file has become shorter since the model was opened",
-                where=str(self.path),
-                todo="do not change the model's files during a compile",
-            )
         return np.frombuffer(mapped, np.uint8, count=length, offset=offset)
 
     def release(self, offset: int, length: int) -> None:
@@ -66,16 +62,39 @@ class MappedFile:
         if stop > start:
             mapped.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
+    @contextmanager
+    def open(self) -> Iterator[int]:
+        """Give a descriptor of the file for reading, while the context lasts.
+
+        Raises:
+            ResourceError: The file has gone, may not be read, or is another one now.
+        """
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ResourceError(
+                f"cannot read a weight file: {error.strerror}",
+                where=str(self.path),
+                todo="check that the file is there and readable",
+            ) from error
+        try:
+            if _identity(os.fstat(descriptor)) != self.identity:
+                raise ResourceError(
+                    "a weight file has changed since the model was opened",
+                    where=str(self.path),
+                    todo="do not change the model's files during a compile",
+                )
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
     def _mapped(self) -> mmap.mmap:
         with self._lock:
             if self._map is None:
-                try:
-                    with open(self.path, "rb") as file:
-                        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                except (OSError, ValueError) as error:
-                    raise ResourceError(
-                        f"cannot read a weight file: {error}",
-                        where=str(self.path),
-                        todo="check that the file is there and readable",
-                    ) from error
+                with self.open() as descriptor:
+                    self._map = mmap.mmap(descriptor, self.size, access=mmap.ACCESS_READ)
             return self._map
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)

@@ -8,7 +8,7 @@ import onnx_graphsurgeon as gs
 
 from onnxslim_llm.ir.ownership import attribute_constants, owned_constants, subgraphs
 
-__all__ = ["all_constants", "operator_name", "with_subgraphs"]
+__all__ = ["all_constants", "all_initializers", "operator_name", "with_subgraphs"]
 
 
 def operator_name(node: gs.Node) -> str:
@@ -24,12 +24,19 @@ def with_subgraphs(graph: gs.Graph) -> Iterator[gs.Graph]:
             yield from with_subgraphs(subgraph)
 
 
-def all_constants(graph: gs.Graph, outer: frozenset[int] = frozenset()) -> Iterator[gs.Constant]:
-    """Yield the constants that a graph and its subgraphs store, and those in attributes; each once, as written."""
+def all_initializers(graph: gs.Graph, outer: frozenset[int] = frozenset()) -> Iterator[gs.Constant]:
+    """Yield the initializers that a graph and its subgraphs store, each once, as written."""
     owned = owned_constants(graph, outer)
     yield from owned
     inner = outer | {id(constant) for constant in owned}
     for node in graph.nodes:
-        yield from attribute_constants(node)
         for subgraph in subgraphs(node):
-            yield from all_constants(subgraph, inner)
+            yield from all_initializers(subgraph, inner)
+
+
+def all_constants(graph: gs.Graph) -> Iterator[gs.Constant]:
+    """Yield the initializers of a graph and its subgraphs, then the constants in attributes of their nodes."""
+    yield from all_initializers(graph)
+    for item in with_subgraphs(graph):
+        for node in item.nodes:
+            yield from attribute_constants(node)

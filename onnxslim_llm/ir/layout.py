@@ -1,0 +1,126 @@
+"""Where each weight will lie in the external data file; decided before a byte is written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import onnx_graphsurgeon as gs
+from onnx import TensorProto
+
+from onnxslim_llm.ir import dtypes
+from onnxslim_llm.ir.jobs import DerivedWeight
+from onnxslim_llm.ir.sparse import SparseWeight
+from onnxslim_llm.ir.stored import MappedWeight
+from onnxslim_llm.ir.views import AliasWeight, ViewWeight
+from onnxslim_llm.ir.walk import all_initializers
+from onnxslim_llm.ir.weight import Weight
+from onnxslim_llm.ir.weights import weight_of
+
+if TYPE_CHECKING:
+    from onnxslim_llm.ir.model import Model
+
+__all__ = ["EXTERNAL_TENSOR_BYTES", "EXTERNAL_TOTAL_BYTES", "Layout", "Region", "plan_layout", "work_identity"]
+
+EXTERNAL_TENSOR_BYTES = 1 << 10
+"""Tensors of fewer bytes stay inside the model file."""
+
+EXTERNAL_TOTAL_BYTES = 1 << 20
+"""With fewer bytes of weights in all, the model is one file (unless initializers share bytes)."""
+
+_PAGE_ALIGNED_FROM = 64 << 10
+_PAGE, _LINE = 4096, 64  # bytes: what a memory map starts at; a cache line, and the widest vector load
+
+
+@dataclass(frozen=True)
+class Region:
+    """Bytes [offset, offset + nbytes) of the data file.
+
+    Attributes:
+        name: The first initializer that is stored there.
+        weight: Whose raw bytes they are.
+    """
+
+    offset: int
+    nbytes: int
+    name: str
+    weight: Weight
+
+
+@dataclass
+class Layout:
+    """Regions of the data file, by the storage key of what they hold.
+
+    Attributes:
+        regions: In the order of the file.
+        size: Bytes of the data file; 0 if all weights are inside the model file.
+    """
+
+    regions: dict[Hashable, Region] = field(default_factory=dict)
+    size: int = 0
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over names, types, shapes and places. Equal models have equal layouts, on every machine."""
+        digest = hashlib.sha256()
+        for region in self.regions.values():
+            weight = region.weight
+            digest.update(
+                f"{region.offset} {region.nbytes} {weight.onnx_dtype} {weight.shape} {region.name}\n".encode()
+            )
+        return digest.hexdigest()
+
+
+def plan_layout(model: Model, external: Literal["auto"] | bool = "auto") -> Layout:
+    """Place the weights: in the order of the initializers, shared bytes once, large regions at pages.
+
+    Args:
+        model: The model to save.
+        external: True: all tensors of EXTERNAL_TENSOR_BYTES or more go into the data file. False: none. "auto": as with
+            True if they are EXTERNAL_TOTAL_BYTES or more in all, or if any two of them share their bytes; else none.
+    """
+    if external is False:
+        return Layout()
+    wanted: dict[Hashable, tuple[str, Weight]] = {}
+    shared = False
+    for constant in _candidates(model):
+        weight = weight_of(constant)
+        shared |= weight.storage_key in wanted
+        wanted.setdefault(weight.storage_key, (constant.name, weight.storage))
+    total = sum(weight.nbytes for _, weight in wanted.values())
+    if external == "auto" and not shared and total < EXTERNAL_TOTAL_BYTES:
+        return Layout()
+    layout = Layout()
+    for key, (name, weight) in wanted.items():
+        alignment = _PAGE if weight.nbytes >= _PAGE_ALIGNED_FROM else _LINE
+        offset = -(-layout.size // alignment) * alignment
+        layout.regions[key] = Region(offset, weight.nbytes, name, weight)
+        layout.size = offset + weight.nbytes
+    return layout
+
+
+def work_identity(weight: Weight) -> str:
+    """Return a text that is equal in another run only if the raw bytes will be the same; in-memory content is hashed."""
+    if isinstance(weight, MappedWeight):
+        return f"file {weight.file.path} {weight.file.identity} {weight.offset} {weight.nbytes}"
+    if isinstance(weight, DerivedWeight):
+        job = weight.job
+        inputs = "; ".join(work_identity(source) for source in job.inputs)
+        kind = f"{type(job).__module__}.{type(job).__qualname__}"
+        return f"job {kind} {job.fingerprint} {job.outputs} output {weight.index} of ({inputs})"
+    if isinstance(weight, ViewWeight):
+        return f"{weight.op} of ({work_identity(weight.base)})"
+    if isinstance(weight, AliasWeight):
+        return work_identity(weight.base)
+    return weight.digest().hex()
+
+
+def _candidates(model: Model) -> Iterator[gs.Constant]:
+    for constant in all_initializers(model.graph):
+        weight = weight_of(constant)
+        if isinstance(weight, SparseWeight) or weight.onnx_dtype == TensorProto.STRING:
+            continue
+        if dtypes.numpy_dtype(weight.onnx_dtype) is not None and weight.nbytes >= EXTERNAL_TENSOR_BYTES:
+            yield constant
