@@ -151,6 +151,10 @@ class DerivedWeight(Weight):
         """Return the raw bytes, see `Weight.raw`."""
         return _LATEST.compute(self.job)[self.index]
 
+    def view(self) -> np.ndarray:
+        """Return the content, see `Weight.view`; computed once for those who look at the same time."""
+        return self._shared(self._unpacked)
+
     def digest(self) -> bytes:
         """Return a SHA-256 that says what is computed from which content: equal digests mean equal content."""
         if self._digest is None:

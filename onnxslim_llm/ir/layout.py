@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from onnxslim_llm.ir import dtypes
@@ -56,10 +55,12 @@ class Layout:
     Attributes:
         regions: In the order of the file.
         size: Bytes of the data file; 0 if all weights are inside the model file.
+        small: Outputs of jobs that stay inside the model file, by storage key.
     """
 
     regions: dict[Hashable, Region] = field(default_factory=dict)
     size: int = 0
+    small: dict[Hashable, DerivedWeight] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -85,14 +86,19 @@ def plan_layout(model: Model, external: Literal["auto"] | bool = "auto") -> Layo
         return Layout()
     wanted: dict[Hashable, tuple[str, Weight]] = {}
     shared = False
-    for constant in _candidates(model):
+    small: dict[Hashable, DerivedWeight] = {}
+    for constant in all_initializers(model.graph):
         weight = weight_of(constant)
+        if not _may_be_external(weight):
+            if isinstance(weight.storage, DerivedWeight):
+                small[weight.storage_key] = weight.storage
+            continue
         shared |= weight.storage_key in wanted
         wanted.setdefault(weight.storage_key, (constant.name, weight.storage))
     total = sum(weight.nbytes for _, weight in wanted.values())
     if external == "auto" and not shared and total < EXTERNAL_TOTAL_BYTES:
         return Layout()
-    layout = Layout()
+    layout = Layout(small=small)
     for key, (name, weight) in wanted.items():
         alignment = _PAGE if weight.nbytes >= _PAGE_ALIGNED_FROM else _LINE
         offset = -(-layout.size // alignment) * alignment
@@ -102,7 +108,7 @@ def plan_layout(model: Model, external: Literal["auto"] | bool = "auto") -> Layo
 
 
 def work_identity(weight: Weight) -> str:
-    """Return a text that is equal in another run only if the raw bytes will be the same; in-memory content is hashed."""
+    """Return a text that is equal in another run only if the raw bytes are the same; in-memory content is hashed."""
     if isinstance(weight, MappedWeight):
         return f"file {weight.file.path} {weight.file.identity} {weight.offset} {weight.nbytes}"
     if isinstance(weight, DerivedWeight):
@@ -117,10 +123,7 @@ def work_identity(weight: Weight) -> str:
     return weight.digest().hex()
 
 
-def _candidates(model: Model) -> Iterator[gs.Constant]:
-    for constant in all_initializers(model.graph):
-        weight = weight_of(constant)
-        if isinstance(weight, SparseWeight) or weight.onnx_dtype == TensorProto.STRING:
-            continue
-        if dtypes.numpy_dtype(weight.onnx_dtype) is not None and weight.nbytes >= EXTERNAL_TENSOR_BYTES:
-            yield constant
+def _may_be_external(weight: Weight) -> bool:
+    if isinstance(weight, SparseWeight) or weight.onnx_dtype == TensorProto.STRING:
+        return False
+    return dtypes.numpy_dtype(weight.onnx_dtype) is not None and weight.nbytes >= EXTERNAL_TENSOR_BYTES

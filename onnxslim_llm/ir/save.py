@@ -1,4 +1,4 @@
-"""Saving: the layout first, then the weights stream through a bounded pool of threads into the data file, the graph last.
+"""Saving: the layout first, then the weights on a bounded pool of threads into the data file, the graph last.
 
 The bytes do not depend on the number of jobs. Memory follows the tiles in flight, not the model: inputs are mapped, and
 their pages are dropped as tiles finish.
@@ -7,7 +7,7 @@ their pages are dropped as tiles finish.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from onnxslim_llm.ir.layout import Layout, plan_layout
 from onnxslim_llm.ir.model import INLINE_LIMIT, Model
 from onnxslim_llm.ir.weight import Weight
 from onnxslim_llm.ir.weights import weight_of
-from onnxslim_llm.ir.work import Cancelled, Unit, plan_work
+from onnxslim_llm.ir.work import Unit, plan_work
 from onnxslim_llm.ir.writer import inline_store
 
 __all__ = ["DetailJournal", "Journal", "SaveOptions", "SaveReport", "save_model"]
@@ -107,8 +107,8 @@ def save_model(
         path: The .onnx file to write; its folder must exist.
         options: Default: one thread.
         progress: Called in this thread with (bytes done, bytes in all) of the data file.
-        journal: Makes the save resumable: the partial data file is kept on failure, and work that the journal has marked
-            is not done again if it is still the same work.
+        journal: Makes the save resumable: the partial data file is kept on failure, and work that the journal has
+            marked is not done again if it is still the same work.
 
     Raises:
         ModelError: A weight is unusable (its job says so), or the weights do not fit into one file.
@@ -118,11 +118,13 @@ def save_model(
     layout = plan_layout(model, options.external)
     report = SaveReport(layout=layout.digest)
     data_path = path.with_name(path.name + ".data")
+    units: list[Unit] = []
     if layout.size:
         units = plan_work(layout)
         _check_memory(units, options.memory_limit)
         _write_data(data_path, layout, units, options, progress, journal, report)
-    content = _graph_bytes(model, layout, data_path.name)
+    kept = {key: data for unit in units for key, data in unit.kept.items()}
+    content = _graph_bytes(model, layout, data_path.name, kept)
     write_file(path, content, options.fsync)
     report.bytes_written += len(content)
     report.bytes = len(content) + layout.size
@@ -151,7 +153,7 @@ def _write_data(
     done_before: list[Unit] = []
     with DataFile(path, layout.size, keep=journal is not None) as file:
         if journal is not None and file.kept:
-            done_before = [unit for unit in units if journal.done(keys[id(unit)])]
+            done_before = [unit for unit in units if not unit.kept and journal.done(keys[id(unit)])]
         report.resumed = [unit.name for unit in done_before]
         for unit in done_before:
             detail = journal.detail(keys[id(unit)]) if isinstance(journal, DetailJournal) else None
@@ -243,13 +245,16 @@ def _check_memory(units: list[Unit], limit: int | None) -> None:
             )
 
 
-def _graph_bytes(model: Model, layout: Layout, location: str) -> bytes:
+def _graph_bytes(model: Model, layout: Layout, location: str, kept: dict[Hashable, bytes]) -> bytes:
     inline = 0
 
     def store(out: TensorProto, weight: Weight) -> None:
         region = layout.regions.get(weight.storage_key)
         if region is None:
-            inline_store(out, weight)
+            if weight.storage_key in kept:
+                out.raw_data = kept[weight.storage_key]
+            else:
+                inline_store(out, weight)
             return
         out.data_location = TensorProto.EXTERNAL
         for key, value in (("location", location), ("offset", region.offset), ("length", region.nbytes)):
@@ -266,6 +271,6 @@ def _graph_bytes(model: Model, layout: Layout, location: str) -> bytes:
             todo="save with external data",
         )
     try:
-        return model.write(store).SerializeToString(deterministic=True)
+        return bytes(model.write(store).SerializeToString(deterministic=True))
     except (EncodeError, ValueError) as error:
         raise ModelError(f"the model cannot be serialized: {error}", where=str(model.path or "")) from error

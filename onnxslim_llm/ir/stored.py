@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import weakref
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
@@ -75,7 +74,6 @@ class ProtoWeight(Weight):
             nbytes = len(proto.raw_data)
         super().__init__(tuple(proto.dims), proto.data_type, nbytes)
         self.proto = proto
-        self._viewed: weakref.ref[np.ndarray] | None = None
 
     @property
     def storage_key(self) -> Hashable:
@@ -85,15 +83,13 @@ class ProtoWeight(Weight):
     def view(self) -> np.ndarray:
         """Return the content, see `Weight.view`."""
         # Reading raw_data copies it out of the message: readers at the same time share one copy.
-        array = self._viewed() if self._viewed is not None else None
-        if array is None:
-            try:
-                array = numpy_helper.to_array(self.proto).reshape(self.shape)
-            except (KeyError, TypeError, ValueError) as error:
-                raise ModelError(f"unreadable tensor: {error}", where=f"tensor '{self.proto.name}'") from error
-            array.flags.writeable = False
-            self._viewed = weakref.ref(array)
-        return array
+        return self._shared(self._read)
+
+    def _read(self) -> np.ndarray:
+        try:
+            return numpy_helper.to_array(self.proto).reshape(self.shape)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"unreadable tensor: {error}", where=f"tensor '{self.proto.name}'") from error
 
     def raw(self) -> Buffer:
         """Return the raw bytes, see `Weight.raw`."""

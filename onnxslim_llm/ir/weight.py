@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import weakref
 from abc import ABCMeta, abstractmethod
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +44,7 @@ class Weight(LazyValues, metaclass=ABCMeta):  # type: ignore[misc]  # graphsurge
         self.dtype: Any = self.onnx_dtype if known is None else known
         self.nbytes = dtypes.packed_nbytes(self.shape, self.onnx_dtype) if nbytes is None else nbytes
         self._digest: bytes | None = None
+        self._viewed: weakref.ref[np.ndarray] | None = None
 
     @property
     def size(self) -> int:
@@ -74,8 +76,20 @@ class Weight(LazyValues, metaclass=ABCMeta):  # type: ignore[misc]  # graphsurge
 
     def view(self) -> np.ndarray:
         """Return the content as a read-only array, zero-copy where possible (it may be strided or unaligned)."""
+        return self._unpacked()
+
+    def _unpacked(self) -> np.ndarray:
         array = dtypes.unpack(self.raw(), self.shape, self.onnx_dtype)
         array.flags.writeable = False
+        return array
+
+    def _shared(self, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return what `make` gives; those who look at the same time look at one array."""
+        array = self._viewed() if self._viewed is not None else None
+        if array is None:
+            array = make()
+            array.flags.writeable = False
+            self._viewed = weakref.ref(array)
         return array
 
     def load(self) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from threading import Event, Lock
 from typing import Any
 
@@ -62,6 +62,11 @@ class Unit(ABC):
         """Return the statistics when all pieces are done; None if there are none."""
         return None
 
+    @property
+    def kept(self) -> dict[Hashable, bytes]:
+        """Content that belongs into the model file, by storage key; a unit that has some cannot be skipped."""
+        return {}
+
 
 class _Copy(Unit):
     """Bytes of a file, unchanged."""
@@ -98,9 +103,9 @@ class _Stream(Unit):
 
 
 class _Job(Unit):
-    """All tiles of a weight job; outputs that no initializer uses are dropped."""
+    """All tiles of a weight job. Small outputs are kept for the model file; those that nobody uses are dropped."""
 
-    def __init__(self, job: WeightJob, outputs: dict[int, Region]) -> None:
+    def __init__(self, job: WeightJob, outputs: dict[int, Region], small: set[int]) -> None:
         self.job = job
         self._outputs = outputs
         self._tiles: Sequence[Tile] = job.tiles()
@@ -108,7 +113,8 @@ class _Job(Unit):
         share = -(-whole // max(1, len(self._tiles)))
         super().__init__(list(outputs.values()), [tile.nbytes or share for tile in self._tiles])
         self._stats: list[dict[str, float] | None] = [None] * len(self._tiles)
-        self._written = dict.fromkeys(outputs, 0)
+        self._small = {number: bytearray(job.outputs[number].nbytes) for number in small}
+        self._written = dict.fromkeys([*outputs, *small], 0)
         self._lock = Lock()
         self._held: list[np.ndarray] | None = None
 
@@ -130,16 +136,18 @@ class _Job(Unit):
         output = self.job.run(self._tiles[index])
         done = 0
         for number, offset, data in output.writes:
-            region = self._outputs.get(number)
-            if region is None:
-                continue
             count = memoryview(data).nbytes
-            if offset < 0 or offset + count > region.nbytes:
+            if offset < 0 or offset + count > self.job.outputs[number].nbytes:
                 raise CompilerBug("a weight job writes outside of its output", where=self.name)
-            file.write(region.offset + offset, data)
+            region = self._outputs.get(number)
+            if region is not None:
+                done += file.write(region.offset + offset, data)
+            elif number in self._small:
+                self._small[number][offset : offset + count] = memoryview(data).cast("B")
+            else:
+                continue
             with self._lock:
                 self._written[number] += count
-            done += count
         inputs = self.job.inputs
         if output.reads is None:
             for weight in inputs:
@@ -150,22 +158,25 @@ class _Job(Unit):
         self._stats[index] = output.stats
         return done
 
+    @property
+    def kept(self) -> dict[Hashable, bytes]:
+        weights = {number: DerivedWeight(self.job, number) for number in self._small}
+        return {weight.storage_key: bytes(self._small[number]) for number, weight in weights.items()}
+
     def finish(self) -> dict[str, Any] | None:
         self._held = None
         for number, count in self._written.items():
-            if count != self._outputs[number].nbytes:
-                raise CompilerBug(
-                    f"a weight job wrote {count} of {self._outputs[number].nbytes} bytes of output {number}",
-                    where=self.name,
-                )
+            wanted = self.job.outputs[number].nbytes
+            if count != wanted:
+                raise CompilerBug(f"a weight job wrote {count} of {wanted} bytes of output {number}", where=self.name)
         return self.job.finish([stats for stats in self._stats if stats is not None])
 
 
 def plan_work(layout: Layout) -> list[Unit]:
     """Return the work that fills a layout, in the order of the file."""
     units: list[Unit] = []
-    jobs: dict[Any, tuple[WeightJob, dict[int, Region]]] = {}
-    places: dict[Any, int] = {}
+    jobs: dict[Hashable, tuple[WeightJob, dict[int, Region]]] = {}
+    places: dict[Hashable, int] = {}
     for region in layout.regions.values():
         weight = region.weight
         if isinstance(weight, DerivedWeight):
@@ -178,6 +189,9 @@ def plan_work(layout: Layout) -> list[Unit]:
             units.append(_Copy(region, weight))
         else:
             units.append(_Stream(region))
+    small: dict[Hashable, set[int]] = {}
+    for weight in layout.small.values():
+        small.setdefault(weight.job.key, set()).add(weight.index)
     for key, (job, outputs) in jobs.items():
-        units[places[key]] = _Job(job, outputs)
+        units[places[key]] = _Job(job, outputs, small.get(key, set()))
     return units

@@ -194,4 +194,4 @@ def _schema_kind(operator: str, domain: str, name: str) -> int | None:
     if not defs.has(operator, domain):
         return None
     attribute = defs.get_schema(operator, domain).attributes.get(name)
-    return None if attribute is None else int(attribute.type)
+    return None if attribute is None else int(getattr(onnx.AttributeProto, str(attribute.type).rpartition(".")[2]))
