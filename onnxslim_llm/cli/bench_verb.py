@@ -35,7 +35,7 @@ def command(
 ) -> None:
     """Measure MODEL: prefill and decode speed, load time, peak memory; each model in a process of its own."""
     from onnxslim_llm.cli.progress import TerminalProgress
-    from onnxslim_llm.ir.openfile import resolve_model_path
+    from onnxslim_llm.ir.model import resolve_model_path
     from onnxslim_llm.runtime.bench import bench
 
     paths = [resolve_model_path(path) for path in (model, *others)]
@@ -63,7 +63,7 @@ def _page(report: BenchReport) -> list[Any]:
         rates = [result.prefill_tokens_per_second, result.decode_tokens_per_second]
         rows.append(
             [
-                result.model,
+                str(Path(*Path(result.model).parts[-2:])),
                 bytes_text(result.file_bytes),
                 seconds_text(result.load_seconds),
                 *(f"{rate:.1f}" if rate else "–" for rate in rates),
@@ -71,7 +71,7 @@ def _page(report: BenchReport) -> list[Any]:
                 bytes_text(result.peak_rss_bytes),
             ]
         )
-    headers = ["model", ">files", ">load", ">prefill tok/s", ">decode tok/s", ">one run", ">peak memory"]
+    headers = ["model", ">files", ">load", ">prefill\ntok/s", ">decode\ntok/s", ">one\nrun", ">peak\nmemory"]
     note = (
         f"medians of {report.repeats} rounds, {report.threads} threads, batch 1; "
         f"prefill {report.prompt_tokens} tokens, decode {report.new_tokens} tokens"

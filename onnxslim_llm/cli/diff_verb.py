@@ -28,8 +28,8 @@ _LAYERS_SHOWN = 20
 def command(a: Path, b: Path, no_run: bool, threads: int, output: Output) -> None:
     """Compare the models A (the reference) and B: operators, bytes, and the same-named tensors on the same inputs."""
     from onnxslim_llm.cli.progress import TerminalProgress
+    from onnxslim_llm.ir.model import resolve_model_path
     from onnxslim_llm.ir.model import open_model
-    from onnxslim_llm.ir.openfile import resolve_model_path
     from onnxslim_llm.report.difference import structural_difference
 
     first, second = resolve_model_path(a), resolve_model_path(b)
@@ -46,7 +46,7 @@ def command(a: Path, b: Path, no_run: bool, threads: int, output: Output) -> Non
                 threads=threads,
                 progress=lambda done, total: progress.advance(done, f"{done} of {total}"),
             )
-    data = {"a": str(first), "b": str(second), "structure": structure.to_json()}
+    data: dict[str, Any] = {"a": str(first), "b": str(second), "structure": structure.to_json()}
     data["layers"] = layers.to_json() if layers else None
     output.result(data, *([] if output.json else _page(structure, layers, output.verbose)))
 
@@ -82,7 +82,10 @@ def _layer_table(layers: LayerComparison, verbose: bool) -> Any:
     from onnxslim_llm.report.format import figure_text
     from onnxslim_llm.report.tables import plain_table
 
-    shown = layers.layers if verbose else layers.layers[:_LAYERS_SHOWN]
+    different = [layer for layer in layers.layers if layer.max_abs > 0]
+    shown = layers.layers if verbose else different[:_LAYERS_SHOWN]
+    if not shown:
+        return f"all {len(layers.layers)} tensors of the same name are equal"
     rows: list[list[Any]] = [
         [
             x.name,
@@ -94,5 +97,6 @@ def _layer_table(layers: LayerComparison, verbose: bool) -> Any:
         for x in shown
     ]
     if len(shown) < len(layers.layers):
-        rows.append([f"and {len(layers.layers) - len(shown)} better ones (-v)", "", "", "", ""])
+        rest = len(different) - len(shown), len(layers.layers) - len(different)
+        rows.append([f"and {rest[0]} better, {rest[1]} equal ones (-v)", "", "", "", ""])
     return plain_table(["tensor, worst first", "operator", ">SQNR", ">largest", ">cosine"], rows)

@@ -54,7 +54,7 @@ def command(output: Output) -> None:
 
     checks = [check for group in (_machine, _libraries, _native, _runtime, _extras, _room) for check in _safely(group)]
     marks = {"ok": Text("✓", "green"), "optional": Text("–", "yellow"), "missing": Text("✗", "red")}
-    rows = [[marks[check.state], check.name, check.text] for check in checks]
+    rows: list[list[Any]] = [[marks[check.state], check.name, check.text] for check in checks]
     healthy = all(check.state != "missing" for check in checks)
     output.result({"healthy": healthy, "checks": [asdict(c) for c in checks]}, plain_table(["", "what", ""], rows))
     if not healthy:

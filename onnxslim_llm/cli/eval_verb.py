@@ -38,7 +38,7 @@ def command(
     """Measure how well MODEL predicts a text: perplexity, and with --vs the KL divergence from B, token by token."""
     from onnxslim_llm.cli.progress import TerminalProgress
     from onnxslim_llm.cli.sessions import open_as_meant
-    from onnxslim_llm.ir.openfile import resolve_model_path
+    from onnxslim_llm.ir.model import resolve_model_path
     from onnxslim_llm.runtime.tokenizer import load_tokenizer
     from onnxslim_llm.verify.quality import evaluate
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -38,7 +40,7 @@ def command(
 ) -> None:
     """Continue a text with the model in MODEL_DIR; the text streams to stdout."""
     from onnxslim_llm.cli.sessions import open_decoder
-    from onnxslim_llm.ir.openfile import resolve_model_path
+    from onnxslim_llm.ir.model import resolve_model_path
     from onnxslim_llm.runtime.generate import Sampling, generate
     from onnxslim_llm.runtime.sidefiles import SideFiles
     from onnxslim_llm.runtime.tokenizer import load_tokenizer
@@ -46,13 +48,13 @@ def command(
     sampling = Sampling(temperature, top_k, top_p, seed)
     path = resolve_model_path(model_dir)
     words = load_tokenizer(tokenizer or path)
-    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
+    text: str = sys.stdin.read() if prompt == "-" else prompt
     runner = open_decoder(path, threads=threads)
     ids = words.encode(text)
     start = time.perf_counter()
     made: list[int] = []
 
-    def tokens():  # type: ignore[no-untyped-def]
+    def tokens() -> Iterator[int]:
         limit = SideFiles.of(words.path.parent).context_length
         for token in generate(
             runner, ids, max_new_tokens=max_new_tokens, sampling=sampling, eos=words.eos, context_length=limit

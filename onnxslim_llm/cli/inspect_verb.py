@@ -83,7 +83,7 @@ def _sites(found: Inspection, verbose: bool) -> Any:
 
     from onnxslim_llm.report.tables import plain_table
 
-    rows = []
+    rows: list[list[Any]] = []
     for site in found.sites:
         reasons: dict[str, int] = {}
         for _, reason in site.skipped:

@@ -77,7 +77,7 @@ def _page(kind: type[Pass]) -> list[Any]:
     from onnxslim_llm.report.tables import plain_table
 
     page: list[Any] = [Text(f"{kind.name} ({kind.group})", style="bold"), Text(inspect.getdoc(kind) or "")]
-    options = [[f.name, Text(str(f.type)), Text(repr(_default(f)))] for f in fields(kind)]
+    options: list[list[Any]] = [[f.name, Text(str(f.type)), Text(repr(_default(f)))] for f in fields(kind)]
     if options:
         page.append(plain_table(["option", "type", "default"], options))
     return page

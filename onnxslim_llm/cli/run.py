@@ -82,8 +82,8 @@ def _place(tb: TracebackType | None) -> str:
         if module.startswith("onnxslim_llm"):
             place = f"{module}:{tb.tb_lineno} in {code.co_name}"
         owner = tb.tb_frame.f_locals.get("self")
-        if hasattr(type(owner), "name") and hasattr(type(owner), "apply"):
-            running = f"pass '{type(owner).name}', "
+        if isinstance(name := getattr(owner, "name", None), str) and hasattr(owner, "apply"):
+            running = f"pass '{name}', "
         tb = tb.tb_next
     return running + place
 

@@ -19,8 +19,6 @@ __all__ = ["command"]
 @output_options
 def command(name: str | None, output: Output) -> None:
     """List the targets and what is installed here, or tell all about the target NAME."""
-    from rich.text import Text
-
     from onnxslim_llm.report.tables import plain_table
     from onnxslim_llm.targets import all_targets, get_target
 
@@ -29,7 +27,7 @@ def command(name: str | None, output: Output) -> None:
     rows = [
         [
             a["name"],
-            "yes" if a["installed"] else Text(a["why_not"]),
+            a["runtime"],
             f"{a['min_opset']}-{a['max_opset']}",
             a["description"],
         ]
@@ -37,7 +35,7 @@ def command(name: str | None, output: Output) -> None:
     ]
     output.result(
         accounts[0] if name is not None else accounts,
-        plain_table(["target", "installed", "opset", "what it is for"], rows),
+        plain_table(["target", "runtime here", "opset", "what it is for"], rows),
     )
 
 
@@ -47,9 +45,10 @@ def _account(target: Target) -> dict[str, Any]:
         "name": target.name,
         "description": target.description,
         "installed": installed,
-        "why_not": "" if installed else why,
+        "runtime": why,
         "domains": sorted(target.domains),
         "min_opset": target.min_opset,
         "max_opset": target.max_opset,
-        "needs_static": target.needs_static,
+        "weight_bits": list(target.weight_bits),
+        "session_config": dict(target.session_config),
     }

@@ -56,6 +56,8 @@ _LIGHT = _names(
     "Identity Cast Transpose Reshape Unsqueeze Squeeze Slice Add Sub Mul Div Tanh DequantizeLinear QuantizeLinear "
     "Sigmoid Softmax LogSoftmax ArgMax"
 )
+# They look at a tensor's dimensions only; no content flows through them.
+_MEASURES = frozenset({"Shape", "Size"})
 _SECOND_OPERAND_CARRIERS = frozenset({"DequantizeLinear", "QuantizeLinear", "Concat"})
 
 
@@ -109,14 +111,14 @@ class _Flow:
         self._to_output: set[int] = set()
         self._from_core: set[int] = set()
         for node in reversed(graph.nodes):
-            after = [consumer for tensor in node.outputs for consumer in tensor.outputs]
+            after = [n for tensor in node.outputs for n in tensor.outputs if n.op not in _MEASURES]
             if any(self._is_core(n) or (id(n) in self._to_core and id(n) not in self._weighted) for n in after):
                 self._to_core.add(id(node))
             final = any(id(tensor) in outputs for tensor in node.outputs)
             if final or any(id(n) in self._to_output and _is_light(n) for n in after):
                 self._to_output.add(id(node))
         for node in graph.nodes:
-            before = [producer for tensor in node.inputs for producer in tensor.inputs]
+            before = [n for tensor in node.inputs for n in tensor.inputs if n.op not in _MEASURES]
             if any(self._is_core(n) or (id(n) in self._from_core and id(n) not in self._weighted) for n in before):
                 self._from_core.add(id(node))
 

@@ -19,6 +19,7 @@ __all__ = ["compile_summary", "count_table", "gate_lines", "pass_table", "plain_
 
 _BAR_WIDTH = 24
 _OPS_SHOWN = 8
+_MIN_WIDTH = 4
 
 
 def compile_summary(manifest: Manifest) -> RenderableType:
@@ -134,8 +135,14 @@ def plain_table(headers: Sequence[str], rows: Iterable[Sequence[RenderableType]]
 
 
 def _table(*headers: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=True, header_style="dim")
+    table = Table(box=SIMPLE_HEAD, pad_edge=True, header_style="dim", show_header=any(h.strip(">") for h in headers))
     for header in headers:
         right = header.startswith(">")
-        table.add_column(header.lstrip(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
+        table.add_column(
+            header.lstrip(">"),
+            justify="right" if right else "left",
+            no_wrap=right,
+            overflow="fold",
+            min_width=_MIN_WIDTH,
+        )
     return table
