@@ -26,16 +26,16 @@ struct OslTileArgs {
     const float* importance;  // d[K], finite and >= 0, or null for all ones
     uint8_t* codes;           // zero-filled buffers of the *whole* tensor
     void* scales;
-    uint8_t* zero_points;     // null when symmetric
-    int64_t first_column;     // where this tile lies in the whole tensor
-    int64_t total_columns;    // columns of the whole tensor
-    int32_t weight_dtype;     // OslDtype
-    int32_t scale_dtype;      // OSL_FLOAT32 or OSL_FLOAT16
-    int32_t bits;             // 2, 3, 4 or 8
-    int32_t symmetric;        // 0 or 1
-    int32_t method;           // OslMethod
-    int32_t layout;           // OslLayout
-    int32_t isa;              // OslIsa
+    uint8_t* zero_points;   // null when symmetric
+    int64_t first_column;   // where this tile lies in the whole tensor
+    int64_t total_columns;  // columns of the whole tensor
+    int32_t weight_dtype;   // OslDtype
+    int32_t scale_dtype;    // OSL_FLOAT32 or OSL_FLOAT16
+    int32_t bits;           // 2, 3, 4 or 8
+    int32_t symmetric;      // 0 or 1
+    int32_t method;         // OslMethod
+    int32_t layout;         // OslLayout
+    int32_t isa;            // OslIsa
 };
 
 struct OslTileStats {
@@ -46,6 +46,6 @@ struct OslTileStats {
 };
 
 OSL_EXPORT int32_t osl_abi_version(void);
-OSL_EXPORT int32_t osl_best_isa(void);               // the OslIsa that OSL_ISA_AUTO means here
-OSL_EXPORT int32_t osl_supports_isa(int32_t isa);    // 1 if this machine can run it
+OSL_EXPORT int32_t osl_best_isa(void);             // the OslIsa that OSL_ISA_AUTO means here
+OSL_EXPORT int32_t osl_supports_isa(int32_t isa);  // 1 if this machine can run it
 OSL_EXPORT int32_t osl_quantize_tile(const OslTileArgs* args, OslTileStats* stats);  // OslStatus

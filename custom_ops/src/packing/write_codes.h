@@ -10,7 +10,8 @@ namespace OSL_ISA {
 
 // Consecutive codes of each lane, least significant first: whole 32-bit words side by side for all lanes, the rest one
 // by one. The codes of lane i begin at bit first_bit + i * lane_bits of `base`.
-inline void write_lane_streams(const int32_t* codes, int64_t count, int bits, uint8_t* base, int64_t first_bit, int64_t lane_bits, int64_t lanes) {
+inline void write_lane_streams(const int32_t* codes, int64_t count, int bits, uint8_t* base, int64_t first_bit,
+                               int64_t lane_bits, int64_t lanes) {
     const int per_word = 32 / bits;
     const bool words_fit = 32 % bits == 0 && first_bit % 8 == 0 && lane_bits % 8 == 0;
     const int64_t words = words_fit ? count / per_word : 0;
@@ -22,10 +23,12 @@ inline void write_lane_streams(const int32_t* codes, int64_t count, int bits, ui
             for (int i = 0; i < per_word; i++) bundle |= load<Words>(from + i * kLanes + lane) << (bits * i);
             store(packed + lane, bundle);
         }
-        for (int64_t lane = 0; lane < lanes; lane++) memcpy(base + (first_bit + lane * lane_bits) / 8 + word * 4, packed + lane, 4);
+        for (int64_t lane = 0; lane < lanes; lane++)
+            memcpy(base + (first_bit + lane * lane_bits) / 8 + word * 4, packed + lane, 4);
     }
     for (int64_t lane = 0; lane < lanes; lane++)
-        for (int64_t k = words * per_word; k < count; k++) or_code(base, first_bit + lane * lane_bits + k * bits, (uint32_t)codes[k * kLanes + lane]);
+        for (int64_t k = words * per_word; k < count; k++)
+            or_code(base, first_bit + lane * lane_bits + k * bits, (uint32_t)codes[k * kLanes + lane]);
 }
 
 // kLanes codes of one row as kLanes * bits / 8 bytes.
@@ -40,7 +43,8 @@ inline void pack_row(const int32_t* codes, int bits, uint8_t* to) {
 }
 
 // Consecutive codes of each row; rows are `row_codes` codes apart.
-inline void write_rows(const int32_t* codes, int64_t rows, int bits, uint8_t* base, int64_t first_code, int64_t row_codes, int64_t lanes) {
+inline void write_rows(const int32_t* codes, int64_t rows, int bits, uint8_t* base, int64_t first_code,
+                       int64_t row_codes, int64_t lanes) {
     for (int64_t k = 0; k < rows; k++, codes += kLanes) {
         const int64_t bit = (first_code + k * row_codes) * bits;
         if (lanes == kLanes && bit % 8 == 0) {
@@ -58,12 +62,14 @@ inline void make_signed(int32_t* codes, int64_t rows, int code_bits, int bits) {
 }
 
 // codes[rows][kLanes] is scratch: it is padded or converted in place.
-inline void write_codes(const OslTileArgs& args, int32_t* codes, const float* zeros, int64_t block, int64_t rows, int64_t column, int64_t lanes) {
+inline void write_codes(const OslTileArgs& args, int32_t* codes, const float* zeros, int64_t block, int64_t rows,
+                        int64_t column, int64_t lanes) {
     const int bits = storage_bits(args);
     const int64_t first_column = args.first_column + column;
     if (args.layout == OSL_BLOCKED_KN) {
         if (args.symmetric) make_signed(codes, rows, args.bits, bits);
-        return write_rows(codes, rows, bits, args.codes, block * args.block * args.total_columns + first_column, args.total_columns, lanes);
+        return write_rows(codes, rows, bits, args.codes, block * args.block * args.total_columns + first_column,
+                          args.total_columns, lanes);
     }
     if (args.layout == OSL_BLOCKED_NK) {
         if (args.symmetric) make_signed(codes, rows, args.bits, bits);
@@ -73,7 +79,8 @@ inline void write_codes(const OslTileArgs& args, int32_t* codes, const float* ze
     for (int64_t k = rows; k < args.block; k++)  // a short last block is filled with the code of 0
         for (int lane = 0; lane < kLanes; lane++) codes[k * kLanes + lane] = (int32_t)zeros[lane];
     const int64_t block_bits = bytes_for(args.block, bits) * 8, column_bits = block_count(args) * block_bits;
-    write_lane_streams(codes, args.block, bits, args.codes, first_column * column_bits + block * block_bits, column_bits, lanes);
+    write_lane_streams(codes, args.block, bits, args.codes, first_column * column_bits + block * block_bits,
+                       column_bits, lanes);
 }
 
 }  // namespace OSL_ISA

@@ -20,7 +20,8 @@ inline void write_scales(const OslTileArgs& args, const float* scales, int64_t b
     }
 }
 
-inline void stage_zero_points(const OslTileArgs& args, const float* zeros, uint8_t* staged, int64_t block, int64_t column, int64_t lanes) {
+inline void stage_zero_points(const OslTileArgs& args, const float* zeros, uint8_t* staged, int64_t block,
+                              int64_t column, int64_t lanes) {
     const bool by_row = args.layout == OSL_BLOCKED_KN;
     const int64_t blocks = block_count(args);
     const int64_t start = by_row ? block * args.columns + column : column * blocks + block;

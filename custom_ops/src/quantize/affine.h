@@ -10,14 +10,15 @@ namespace osl {
 namespace OSL_ISA {
 
 struct Scheme {
-    float levels;    // largest code, 2^bits - 1
-    float middle;    // 2^(bits - 1): the code of 0 when symmetric
+    float levels;  // largest code, 2^bits - 1
+    float middle;  // 2^(bits - 1): the code of 0 when symmetric
     bool symmetric;
     bool half_scale;
 };
 
 inline Scheme scheme_of(const OslTileArgs& args) {
-    return {(float)((1 << args.bits) - 1), (float)(1 << (args.bits - 1)), args.symmetric != 0, args.scale_dtype == OSL_FLOAT16};
+    return {(float)((1 << args.bits) - 1), (float)(1 << (args.bits - 1)), args.symmetric != 0,
+            args.scale_dtype == OSL_FLOAT16};
 }
 
 // The unit and its inverse, both normal floats.

@@ -11,8 +11,9 @@ namespace osl {
 namespace OSL_ISA {
 namespace {
 
-// The walk over the tile: stripes of columns, in them chunks of rows, in them kLanes columns by all blocks of the chunk.
-// Wide enough to read whole cache lines of a row, short enough that a line of output is complete before it is evicted.
+// The walk over the tile: stripes of columns, in them chunks of rows, in them kLanes columns by all blocks of the
+// chunk. Wide enough to read whole cache lines of a row, short enough that a line of output is complete before it is
+// evicted.
 constexpr int64_t kStripeColumns = 256;
 constexpr int64_t kChunkRows = 128;
 // Float sums are carried on in double after so many rows.
@@ -22,7 +23,8 @@ void normalize(float* panel, int64_t rows, const Unit& unit) {
     for (int64_t k = 0; k < rows; k++) store(panel + k * kLanes, load<Floats>(panel + k * kLanes) * unit.inverse);
 }
 
-Affine choose_affine(const OslTileArgs& args, const Scheme& scheme, const Unit& unit, Range range, const float* panel, int64_t row, int64_t rows) {
+Affine choose_affine(const OslTileArgs& args, const Scheme& scheme, const Unit& unit, Range range, const float* panel,
+                     int64_t row, int64_t rows) {
     if (args.method == OSL_RTN) return round_to_nearest(scheme, unit, range);
     if (args.importance == nullptr) return search_scale<false>(scheme, unit, range, panel, nullptr, rows);
     return search_scale<true>(scheme, unit, range, panel, args.importance + row, rows);
@@ -35,7 +37,8 @@ void add_to(double* sums, Floats addend) {
 }
 
 // Writes the codes of kWidth columns and adds their squared error and weight, in units, to the sums.
-void encode(const Scheme& scheme, const Affine& affine, const float* panel, int64_t rows, int32_t* codes, double* error, double* weight) {
+void encode(Scheme scheme, Affine affine, const float* panel, int64_t rows, int32_t* codes, double* error,
+            double* weight) {
     for (int64_t start = 0; start < rows; start += kSumRows) {
         const int64_t stop = start + kSumRows < rows ? start + kSumRows : rows;
         Floats chunk_error = {}, chunk_weight = {};
@@ -53,7 +56,8 @@ void encode(const Scheme& scheme, const Affine& affine, const float* panel, int6
 }
 
 template <int32_t kDtype>
-void quantize_block(const OslTileArgs& args, const Scheme& scheme, const TileScratch& scratch, int64_t block, int64_t column, OslTileStats* stats) {
+void quantize_block(const OslTileArgs& args, const Scheme& scheme, const TileScratch& scratch, int64_t block,
+                    int64_t column, OslTileStats* stats) {
     const int64_t row = block * args.block;
     const int64_t rows = args.rows - row < args.block ? args.rows - row : args.block;
     const int64_t columns = args.columns - column < kLanes ? args.columns - column : kLanes;

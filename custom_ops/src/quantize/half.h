@@ -7,7 +7,7 @@ namespace osl {
 namespace OSL_ISA {
 
 constexpr float kHalfMax = 65504.0f;
-constexpr float kHalfMinNormal = 6.103515625e-05f;  // 2^-14
+constexpr float kHalfMinNormal = 6.103515625e-05f;    // 2^-14
 constexpr float kHalfUnit = 5.9604644775390625e-08f;  // 2^-24, the spacing of subnormal halves
 
 // The float nearest to x that a half holds.

@@ -57,8 +57,10 @@ inline Element read(const char* base, int64_t index) {
 }
 
 template <class Element>
-void count_nonfinite(const OslTileArgs& args, int64_t row, int64_t rows, int64_t column, int64_t columns, OslTileStats* stats) {
-    const Element exponent = sizeof(Element) == 4 ? (Element)kExponent : (Element)(args.weight_dtype == OSL_FLOAT16 ? 0x7C00 : 0x7F80);
+void count_nonfinite(const OslTileArgs& args, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                     OslTileStats* stats) {
+    const Element exponent =
+        sizeof(Element) == 4 ? (Element)kExponent : (Element)(args.weight_dtype == OSL_FLOAT16 ? 0x7C00 : 0x7F80);
     const char* base = (const char*)args.weight;
     for (int64_t k = row; k < row + rows; k++)
         for (int64_t n = column; n < column + columns; n++) {
@@ -70,7 +72,8 @@ void count_nonfinite(const OslTileArgs& args, int64_t row, int64_t rows, int64_t
 
 // panel[k][lane] = W[row + k, column + lane] as float; lanes from `columns` (1..kLanes) on are 0.
 template <int32_t kDtype>
-void load_panel(const OslTileArgs& args, int64_t row, int64_t rows, int64_t column, int64_t columns, float* panel, OslTileStats* stats) {
+void load_panel(const OslTileArgs& args, int64_t row, int64_t rows, int64_t column, int64_t columns, float* panel,
+                OslTileStats* stats) {
     typedef typename Source<kDtype>::Element Element;
     const char* base = (const char*)args.weight;
     const bool in_place = args.stride_n == 1 && columns == kLanes;

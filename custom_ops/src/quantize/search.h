@@ -40,7 +40,8 @@ Fit fit_codes(const Scheme& scheme, const float* panel, const float* importance,
 }
 
 template <bool kWeighted>
-Floats block_error(const Scheme& scheme, const float* panel, const float* importance, int64_t rows, const Affine& affine) {
+Floats block_error(const Scheme& scheme, const float* panel, const float* importance, int64_t rows,
+                   const Affine& affine) {
     Floats error = {};
     for (int64_t k = 0; k < rows; k++) {
         const Floats x = load<Floats>(panel + k * kLanes);
@@ -55,7 +56,8 @@ inline Floats least_squares_scale(const Fit& fit) {
 }
 
 template <bool kWeighted>
-Affine search_scale(const Scheme& scheme, const Unit& unit, Range range, const float* panel, const float* importance, int64_t rows) {
+Affine search_scale(const Scheme& scheme, const Unit& unit, Range range, const float* panel, const float* importance,
+                    int64_t rows) {
     Affine best = round_to_nearest(scheme, unit, range);
     Floats best_error = block_error<kWeighted>(scheme, panel, importance, rows, best);
 
@@ -85,7 +87,8 @@ Affine search_scale(const Scheme& scheme, const Unit& unit, Range range, const f
         best.scale = select(better, candidate.scale, best.scale);
         best.inverse = select(better, candidate.inverse, best.inverse);
         best.zero = select(better, candidate.zero, best.zero);
-        if (refit + 1 < kRefits) scale = least_squares_scale(fit_codes<kWeighted>(scheme, panel, importance, rows, candidate));
+        if (refit + 1 < kRefits)
+            scale = least_squares_scale(fit_codes<kWeighted>(scheme, panel, importance, rows, candidate));
     }
     return best;
 }
