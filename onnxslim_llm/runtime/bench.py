@@ -38,8 +38,8 @@ class BenchResult:
         load_seconds: from file to ready session, each in a fresh process.
         prefill_tokens_per_second, decode_tokens_per_second: batch 1; None for a model that is no decoder.
         run_seconds: of one run, for a model that is no decoder.
-        peak_rss_bytes: of the process that loaded the model and ran everything above; Python and its libraries are about
-            80 MB of it.
+        peak_rss_bytes: of the process that loaded the model and ran everything above; some 80 MB of it are Python and
+            its libraries.
         samples: the single measurements by name, in seconds.
     """
 

@@ -113,6 +113,12 @@ class DecoderRunner:
         after = {pair.past: values[pair.present] for pair in self.signature.caches}
         return self._logits(values, ids), DecoderState(mask_all, after)
 
+    def feeds(self, ids: Array, mask: Array | None = None) -> dict[str, Any]:
+        """Values of all inputs for a first run over `ids` [B, S], for callers that want other outputs."""
+        self._check(ids, mask)
+        mask = np.ones(ids.shape, np.int64) if mask is None else mask
+        return {**self._feeds(ids, mask, 0), **self._empty_caches(ids.shape[0])}
+
     def is_causal(self) -> bool:
         """Whether earlier logits do not depend on later tokens; a model with a cache is causal by construction."""
         if self.signature.caches or self.signature.last_token_only:

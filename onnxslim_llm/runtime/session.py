@@ -165,7 +165,8 @@ def open_session(
     Args:
         model: a file, or a proto below 2 GiB.
         threads: threads inside one operator; 0 leaves the choice to ONNX Runtime.
-        optimise: all graph optimisations as in deployment, or none, so that nothing hides an error of the graph.
+        optimise: all graph optimisations as in deployment, or none, so that nothing hides an error of the graph; then
+            memory is also given back after every operator (a float16 model's float32 copies of its weights, for one).
         config: session config entries, for example {"session.qdq_matmulnbits_accuracy_level": "1"}.
         base_dir: folder of the external data of a proto.
 
@@ -187,6 +188,10 @@ def open_session(
     options.inter_op_num_threads = 1
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
+    if not optimise:
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        # The default order casts all weights first and holds them: measured 4.9 GB for 2.2 GB of float16, else 2.5 GB.
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     entries = dict(config or {})
     if base_dir is not None:
         entries["session.model_external_initializers_file_folder_path"] = str(base_dir)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,14 @@ from onnxslim_llm.verify.compare import Comparison, Progress, compare
 from onnxslim_llm.verify.gates import Gate, GateResult, Precision, default_gates, evaluate
 from onnxslim_llm.verify.inputs import Level, Plan, make_plan
 
-__all__ = ["SOURCE_CONFIG", "Verification", "Verifier"]
+__all__ = ["SOURCE_CONFIG", "Verification", "Verifier", "load_structure", "parameter_count", "precision_of"]
 
 # The source is the reference: its weights stay as they are in the file, which also keeps them mapped instead of copied.
 SOURCE_CONFIG = {"session.disable_prepacking": "1"}
+
+# A greedy step of a large float16 source takes a second; only lossless recipes have a gate on it.
+_LARGE = 200_000_000
+_SHORT_GREEDY = 16
 
 _HALF: dict[int, Precision] = {onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.BFLOAT16: "bfloat16"}
 
@@ -100,7 +104,10 @@ class Verifier:
             UsageError: unknown kind.
         """
         default_gates(kind, decoder=True)  # an unknown kind is refused before anything runs
-        comparison = compare(self.session, candidate, self.plan, precision=self.precision, progress=progress)
+        plan = self.plan
+        if kind != "lossless" and self.parameters > _LARGE and plan.level == "fast":
+            plan = replace(plan, greedy_tokens=min(plan.greedy_tokens, _SHORT_GREEDY))
+        comparison = compare(self.session, candidate, plan, precision=self.precision, progress=progress)
         gates = {
             gate.figure: gate
             for gate in default_gates(

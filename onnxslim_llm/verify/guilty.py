@@ -10,7 +10,7 @@ from onnxslim_llm.errors import ModelError, UsageError
 from onnxslim_llm.runtime.session import Session
 from onnxslim_llm.verify.check import Verification, Verifier
 
-__all__ = ["Guilty", "find_guilty", "first_bad"]
+__all__ = ["Guilty", "find_guilty", "first_failing"]
 
 T = TypeVar("T")
 
@@ -20,9 +20,8 @@ class Guilty:
     """The pass that broke the model.
 
     Attributes:
-        index: of the first bad snapshot, 0 being the model before the first pass.
-        name: of the pass that made it.
-        failure: what is wrong with it: a verification whose gates fail, or the error of opening or running it.
+        index, name: of the pass.
+        failure: what is wrong after it: a verification whose gates fail, or the error of opening or running it.
     """
 
     index: int
@@ -30,23 +29,27 @@ class Guilty:
     failure: Verification | ModelError
 
 
-def first_bad(snapshots: Sequence[T], is_bad: Callable[[T], bool]) -> int | None:
-    """Index of a bad snapshot whose predecessor is good, by bisection; None if the last one is good.
+def first_failing(passes: int, fails: Callable[[int], bool]) -> int | None:
+    """Index of a pass that breaks a model, by bisection in about log2(n) + 2 checks.
 
-    If passes break and repair the model in turn, it is one of the breaking ones. Takes about log2(n) + 2 calls.
+    Args:
+        passes: how many there are.
+        fails: whether the model is wrong after that many of them (0: before the first).
+
+    Returns:
+        A pass before which the model is right and after which it is wrong; if passes break and repair it in turn, one
+        of the breaking ones. None if it is right after all of them, or wrong before the first.
     """
-    if not snapshots or not is_bad(snapshots[-1]):
+    if not fails(passes) or fails(0):
         return None
-    if len(snapshots) == 1 or is_bad(snapshots[0]):
-        return 0
-    good, bad = 0, len(snapshots) - 1
+    good, bad = 0, passes
     while bad - good > 1:
         middle = (good + bad) // 2
-        if is_bad(snapshots[middle]):
+        if fails(middle):
             bad = middle
         else:
             good = middle
-    return bad
+    return bad - 1
 
 
 def find_guilty(
@@ -56,7 +59,7 @@ def find_guilty(
     opener: Callable[[T], Session],
     kind: str,
 ) -> Guilty | None:
-    """The first pass whose output misses the gates of `kind`.
+    """The pass whose output first misses the gates of `kind`.
 
     Args:
         verifier: holds the source and its inputs.
@@ -66,7 +69,7 @@ def find_guilty(
         kind: see `gates.KINDS`.
 
     Returns:
-        None if the last snapshot passes.
+        None if the last snapshot passes or the first one does not.
 
     Raises:
         UsageError: the numbers of names and snapshots do not fit, or the kind is unknown.
@@ -84,7 +87,5 @@ def find_guilty(
         found = seen[index]
         return isinstance(found, ModelError) or not found.ok
 
-    index = first_bad(range(len(snapshots)), is_bad)
-    if index is None:
-        return None
-    return Guilty(index, names[index - 1] if index else "(the model before the first pass)", seen[index])
+    index = first_failing(len(names), is_bad)
+    return None if index is None else Guilty(index, names[index], seen[index + 1])

@@ -46,6 +46,8 @@ class Plan:
         prompts: [N, T] int64 beginnings for greedy continuation, None for other models.
         greedy_tokens: number of tokens to continue.
         skipped: (case, reason) pairs: what this model cannot be asked.
+        level: how thorough it is.
+        why_not_decoder: the reason, for kind "tensors".
     """
 
     kind: Literal["decoder", "tensors"]
@@ -53,6 +55,7 @@ class Plan:
     prompts: Array | None = None
     greedy_tokens: int = 0
     skipped: tuple[tuple[str, str], ...] = ()
+    level: Level = "fast"
     why_not_decoder: str = field(default="", compare=False)
 
 
@@ -107,7 +110,7 @@ def _decoder_plan(runner: DecoderRunner, level: Level, token_ids: Sequence[int] 
         prompts = np.stack([next(source)[: shape[1]] for _ in range(shape[0])])
     else:
         skipped = [*skipped, ("greedy continuation", f"the model runs at most {signature.length} tokens")]
-    return Plan("decoder", tuple(cases), prompts, greedy_tokens, tuple(skipped))
+    return Plan("decoder", tuple(cases), prompts, greedy_tokens, tuple(skipped), level)
 
 
 def _tokens(vocab: int, token_ids: Sequence[int] | None) -> Iterator[Array]:

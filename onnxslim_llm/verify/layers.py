@@ -1,8 +1,8 @@
-"""Where two models come apart: every tensor that has the same name in both, compared on the same inputs."""
+"""Where two models begin to differ: every tensor that both name, on the same inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,185 +10,122 @@ from typing import Any
 import onnx
 
 from onnxslim_llm.errors import ModelError
-from onnxslim_llm.runtime.decoder import DecoderRunner, DecoderState
-from onnxslim_llm.runtime.session import Array, Session, open_session
+from onnxslim_llm.runtime.decoder import DecoderRunner
+from onnxslim_llm.runtime.session import Session, open_session
 from onnxslim_llm.verify.cases import DecoderCase, TensorCase
-from onnxslim_llm.verify.check import load_structure
+from onnxslim_llm.verify.check import SOURCE_CONFIG, load_structure
+from onnxslim_llm.verify.compare import Progress
 from onnxslim_llm.verify.figures import ErrorSums
 from onnxslim_llm.verify.inputs import make_plan
 
-__all__ = ["LayerComparison", "LayerDifference", "compare_layers", "shared_tensors"]
+__all__ = ["LayerComparison", "LayerError", "compare_layers"]
 
 
 @dataclass(frozen=True)
-class LayerDifference:
-    """The error of one tensor of the second model against the tensor of that name in the first.
-
-    Attributes:
-        name: Of the tensor.
-        op: Operator that makes it in the first model.
-        position: Of that operator in the first model's order.
-        sqnr_db: 10 log10(signal power / error power); see `figures.SQNR_CAP_DB` for equal tensors.
-        max_abs: Largest absolute difference.
-        cosine: Of both tensors as vectors.
-        count: Elements compared.
-    """
+class LayerError:
+    """Error of one tensor, see `figures.ErrorFigures`; `op` is the operator that makes it in the second model."""
 
     name: str
     op: str
-    position: int
-    sqnr_db: float
     max_abs: float
+    sqnr_db: float
     cosine: float
-    count: int
+    nonfinite: int
 
 
 @dataclass(frozen=True)
 class LayerComparison:
-    """What `compare_layers` found.
+    """All compared tensors, worst first, and the inputs they were compared on."""
 
-    Attributes:
-        layers: Worst first.
-        inputs: Names of the cases that were run.
-        skipped: (tensor, reason) of those that could not be compared.
-    """
-
-    layers: tuple[LayerDifference, ...]
-    inputs: tuple[str, ...]
+    inputs: str
+    layers: tuple[LayerError, ...]
     skipped: tuple[tuple[str, str], ...]
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        return asdict(self)
-
-
-def shared_tensors(first: onnx.ModelProto, second: onnx.ModelProto) -> dict[str, tuple[str, int]]:
-    """Names of node outputs of both top graphs, with operator and position in the first; in the first's order."""
-    others = {name for node in second.graph.node for name in node.output}
-    return {
-        name: (node.op_type, position)
-        for position, node in enumerate(first.graph.node)
-        for name in node.output
-        if name and name in others
-    }
+        skipped = [{"where": where, "reason": reason} for where, reason in self.skipped]
+        return {"inputs": self.inputs, "layers": [asdict(layer) for layer in self.layers], "skipped": skipped}
 
 
 def compare_layers(
-    first: Path,
-    second: Path,
+    first: str | Path,
+    second: str | Path,
     *,
-    token_ids: Sequence[int] | None = None,
-    arrays: Path | None = None,
     threads: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    token_ids: Sequence[int] | None = None,
+    progress: Progress | None = None,
 ) -> LayerComparison:
-    """Run both models on the same inputs and compare the tensors that kept their names.
+    """Run both models once on the inputs of the first and compare the floating-point tensors of the same name.
 
-    Both are opened without graph optimisations. Padded text is left out: what a model computes at padding is nobody's
-    business.
+    Both run without graph optimisations, which would remove tensors; a runtime's own error (int8 activations inside an
+    int4 kernel) is still part of it.
 
     Args:
-        first: The reference, an .onnx file.
-        second: The other .onnx file.
-        token_ids: Real text for a decoder; random ids without.
-        arrays: .npz/.npy inputs for other models; made up without.
-        threads: Of ONNX Runtime; 0 leaves it to ONNX Runtime.
-        progress: Called with (done, of how many) cases.
+        first: the reference.
+        second: compared with it.
+        threads: of ONNX Runtime; 0 leaves it to ONNX Runtime.
+        token_ids: tokens of real text for a decoder; random ones are used without.
+        progress: called with (done, of how many) runs.
 
     Raises:
-        ModelError: A model cannot be opened or run, or the two do not take the same inputs.
-        UsageError: The given inputs do not fit.
+        ModelError: a model cannot be opened or run, or they share no tensor.
     """
-    protos = load_structure(first), load_structure(second)
-    tensors = shared_tensors(*protos)
-    plan = make_plan(open_session(first, threads=threads, optimise=False), token_ids=token_ids, arrays=arrays)
-    sessions = [_tap(proto, path, tensors, threads) for proto, path in zip(protos, (first, second), strict=True)]
-    sums: dict[str, ErrorSums] = {}
-    skipped: dict[str, str] = {}
-    names: list[str] = []
-    cases = [case for case in plan.cases if not _is_padded(case)]
-    for done, case in enumerate(cases):
-        for expected, got in _runs(sessions, case):
-            _add(sums, skipped, expected, got)
-        names.append(case.name)
-        if progress:
-            progress(done + 1, len(cases))
-    layers = []
-    for name, total in sums.items():
-        figures, (op, position) = total.figures(), tensors[name]
-        layers.append(
-            LayerDifference(name, op, position, figures.sqnr_db, figures.max_abs, figures.cosine, figures.count)
-        )
-    layers.sort(key=lambda layer: (layer.sqnr_db, layer.position))
-    return LayerComparison(tuple(layers), tuple(names), tuple(skipped.items()))
+    tell = progress or (lambda done, total: None)
+    protos = [load_structure(first), load_structure(second)]
+    makers = [_makers(proto) for proto in protos]
+    shared = [name for name in makers[0] if name in makers[1]]
+    plain = open_session(first, threads=threads, optimise=False, config=SOURCE_CONFIG)
+    plan = make_plan(plain, proto=protos[0], token_ids=token_ids)
+    tell(1, 3)
+    del plain
+    sessions = [
+        _open(proto, Path(path).parent, shared, threads) for proto, path in zip(protos, (first, second), strict=True)
+    ]
+    names = _comparable(sessions, shared)
+    if not names:
+        raise ModelError("the models share no floating-point tensor", where=f"{first} and {second}")
+    outputs = []
+    for done, session in enumerate(sessions):
+        outputs.append(session.run_values(_feeds(session, plan.cases[0]), names))
+        tell(done + 2, 3)
+    layers: list[LayerError] = []
+    skipped: list[tuple[str, str]] = []
+    for name in names:
+        a, b = (session.array(values.pop(name)) for session, values in zip(sessions, outputs, strict=True))
+        if a.shape != b.shape:
+            skipped.append((name, f"the shapes differ: {list(a.shape)} and {list(b.shape)}"))
+            continue
+        sums = ErrorSums()
+        sums.add(a, b)
+        found = sums.figures()
+        layers.append(LayerError(name, makers[1][name], found.max_abs, found.sqnr_db, found.cosine, sums.nonfinite))
+    layers.sort(key=lambda layer: (-layer.nonfinite, layer.sqnr_db))
+    return LayerComparison(plan.cases[0].name, tuple(layers), tuple(skipped))
 
 
-class _TappedSession(Session):
-    """A session that hands out `taps` beside what was asked for."""
-
-    def __init__(self, inner: Session, taps: Sequence[str]) -> None:
-        super().__init__(inner.inference, inner.where)
-        self.taps = tuple(taps)
-        self.tapped: dict[str, Any] = {}
-
-    def run_values(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
-        asked = [info.name for info in self.outputs] if outputs is None else list(outputs)
-        values = super().run_values(feeds, [*asked, *(name for name in self.taps if name not in asked)])
-        self.tapped = {name: values[name] for name in self.taps}
-        return {name: values[name] for name in asked}
-
-    def take(self) -> dict[str, Array]:
-        """The tapped arrays of the last run."""
-        tapped, self.tapped = self.tapped, {}
-        return {name: self.array(value) for name, value in tapped.items()}
+def _makers(proto: onnx.ModelProto) -> dict[str, str]:
+    """Operator by the name of each tensor that a node of the top graph makes."""
+    return {name: node.op_type for node in proto.graph.node for name in node.output if name}
 
 
-def _tap(proto: onnx.ModelProto, path: Path, tensors: Mapping[str, object], threads: int) -> _TappedSession:
-    known = {value.name for value in proto.graph.output}
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors if name not in known)
-    session = open_session(proto, threads=threads, optimise=False, base_dir=path.parent)
-    floats = [info.name for info in session.outputs if info.name in tensors and _is_float(info.dtype)]
-    # The extra outputs are ours: a decoder's signature must be told from the model's own.
-    tapped = _TappedSession(session, floats)
-    tapped.outputs = tuple(info for info in session.outputs if info.name in known)
-    return tapped
+def _open(proto: onnx.ModelProto, folder: Path, names: Sequence[str], threads: int) -> Session:
+    """Open the model with `names` as additional outputs; ONNX Runtime infers their types."""
+    known = {output.name for output in proto.graph.output}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
+    return open_session(proto, threads=threads, optimise=False, config=SOURCE_CONFIG, base_dir=folder.resolve())
 
 
-def _is_float(dtype: Any) -> bool:
+def _comparable(sessions: Sequence[Session], names: Sequence[str]) -> list[str]:
+    kinds = [{info.name: info.dtype for info in session.outputs} for session in sessions]
+    return [name for name in names if all(_floating(kind.get(name)) for kind in kinds)]
+
+
+def _floating(dtype: Any) -> bool:
     return dtype is not None and (dtype.kind == "f" or dtype.name == "bfloat16")
 
 
-def _is_padded(case: DecoderCase | TensorCase) -> bool:
-    return isinstance(case, DecoderCase) and any(not mask.all() for _, mask in case.pieces)
-
-
-def _runs(
-    sessions: Sequence[_TappedSession], case: DecoderCase | TensorCase
-) -> Iterator[tuple[dict[str, Array], dict[str, Array]]]:
-    """Yield the tapped tensors of both models after each run of a case."""
-    ours, theirs = sessions
+def _feeds(session: Session, case: DecoderCase | TensorCase) -> dict[str, Any]:
     if isinstance(case, TensorCase):
-        for session in sessions:
-            missing = {info.name for info in session.inputs} - case.feeds.keys()
-            if missing:
-                raise ModelError(f"the models do not take the same inputs: '{min(missing)}'", where=session.where)
-            session.run({info.name: case.feeds[info.name] for info in session.inputs})
-        yield ours.take(), theirs.take()
-        return
-    runners = [DecoderRunner(session) for session in sessions]
-    states: list[DecoderState | None] = [None, None]
-    for ids, mask in case.pieces:
-        for i, runner in enumerate(runners):
-            _, states[i] = runner.extend(ids, states[i], mask)
-        yield ours.take(), theirs.take()
-
-
-def _add(
-    sums: dict[str, ErrorSums], skipped: dict[str, str], expected: Mapping[str, Array], got: Mapping[str, Array]
-) -> None:
-    for name in expected.keys() & got.keys():
-        if expected[name].shape != got[name].shape:
-            skipped[name] = f"shapes {list(expected[name].shape)} and {list(got[name].shape)}"
-            sums.pop(name, None)
-        elif name not in skipped:
-            sums.setdefault(name, ErrorSums()).add(expected[name], got[name])
+        return {info.name: session.value(case.feeds[info.name]) for info in session.inputs}
+    ids, mask = case.pieces[0]
+    return DecoderRunner(session).feeds(ids, mask)
