@@ -19,8 +19,8 @@ ALLOWED: dict[str, set[str]] = {
     "ir": {"errors"},
     "rewrite": {"errors", "ir", "targets"},  # targets: the type of Context.target
     "stats": {"errors", "ir", "rewrite"},
-    "targets": {"errors", "ir", "rewrite"},
-    "runtime": {"errors", "ir", "targets"},
+    "targets": {"errors", "ir", "rewrite", "runtime"},  # a target opens artifacts in its runtime
+    "runtime": {"errors", "ir"},
     "verify": {"errors", "ir", "rewrite", "runtime", "targets"},
     "artifact": {"errors", "ir"},
     "report": {"errors", "ir", "artifact"},

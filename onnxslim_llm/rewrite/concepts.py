@@ -16,7 +16,9 @@ from onnx import parser
 
 from onnxslim_llm.errors import CompilerBug
 from onnxslim_llm.ir.external import ExternalFiles
-from onnxslim_llm.ir.reader import TensorReader, read_function
+from onnxslim_llm.ir.reader import read_function
+from onnxslim_llm.ir.tensors import TensorReader
+from onnxslim_llm.rewrite.edit import detach
 
 if TYPE_CHECKING:
     from onnxslim_llm.ir.model import Model
@@ -112,8 +114,7 @@ def inline_call(model: Model, node: gs.Node) -> list[gs.Node]:
         tensors[id(formal)] = actual
     for formal, actual in zip(function.outputs, outputs, strict=False):
         tensors[id(formal)] = actual
-    node.inputs.clear()
-    node.outputs.clear()
+    detach(node)
     body = []
     for inner in function.nodes:
         name = model.fresh_name(f"{hint}/{inner.op}")

@@ -1,0 +1,73 @@
+"""What a target is: a runtime, what it accepts, and how an artifact is opened in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onnxslim_llm.errors import ResourceError
+from onnxslim_llm.targets.lint import Violation, lint_model
+
+if TYPE_CHECKING:
+    from onnxslim_llm.ir.model import Model
+    from onnxslim_llm.runtime.session import Session
+
+__all__ = ["Target", "Violation"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime that artifacts are made for.
+
+    Attributes:
+        name: As given to --target.
+        description: One or two sentences for people who choose.
+        package: The Python package that runs artifacts here, and what it is called in messages.
+        lowering: The passes that turn concepts into the target's operators, as pipeline text. They run last.
+        domains: Operator domains that artifacts may use; "" is ai.onnx.
+        min_opset, max_opset: Range of the ai.onnx version.
+        weight_bits: Widths of quantized weights that artifacts can store.
+        session_config: Session options that an artifact is opened with, and that deployments should use.
+    """
+
+    name: str
+    description: str
+    package: str
+    lowering: str
+    domains: tuple[str, ...]
+    min_opset: int = 1
+    max_opset: int = 25
+    weight_bits: tuple[int, ...] = ()
+    session_config: Mapping[str, str] = field(default_factory=dict)
+
+    def installed(self) -> tuple[bool, str]:
+        """Return whether artifacts can be run here, and the runtime's version or what is missing."""
+        try:
+            return True, f"{self.package} {version(self.package)}"
+        except PackageNotFoundError:
+            return False, f"{self.package} is not installed"
+
+    def open(self, path: str | Path, *, threads: int = 0) -> Session:
+        """Open an artifact in the target's own runtime, as it will be deployed.
+
+        Args:
+            path: The .onnx file.
+            threads: Threads inside one operator; 0 leaves the choice to the runtime.
+
+        Raises:
+            ModelError: The runtime refuses the model; the node or operator is named.
+            ResourceError: The runtime is not installed, or memory ran out.
+        """
+        from onnxslim_llm.runtime.session import open_session  # loads the runtime
+
+        there, what = self.installed()
+        if not there:
+            raise ResourceError(what, where=f"target '{self.name}'", todo=f"pip install {self.package}")
+        return open_session(path, threads=threads, config=self.session_config)
+
+    def lint(self, model: Model) -> list[Violation]:
+        """Return everything in the model that the target does not accept; empty for an artifact."""
+        return lint_model(model, domains=self.domains, opsets=(self.min_opset, self.max_opset))

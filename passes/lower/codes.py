@@ -1,0 +1,105 @@
+"""From a concept call back to the recorded work behind it, and to constants in the layout that a target wants."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import onnx_graphsurgeon as gs
+
+from onnxslim_llm.ir.jobs import DerivedWeight, derive
+from onnxslim_llm.ir.weights import Weight, constant
+from onnxslim_llm.rewrite.block_weights import BLOCK_GATHER, BLOCK_MATMUL, BlockJob, BlockLayout, job_of
+from onnxslim_llm.rewrite.concepts import calls
+from onnxslim_llm.rewrite.edit import detach
+
+if TYPE_CHECKING:
+    from onnxslim_llm.ir.model import Model
+
+__all__ = ["BlockCall", "Constants", "find_calls", "take_apart"]
+
+
+@dataclass
+class BlockCall:
+    """A call of BlockMatMul or BlockGather, taken out of its graph.
+
+    Attributes:
+        node: The detached node.
+        operand: What it multiplies (BlockMatMul) or looks up (BlockGather).
+        result: What it makes.
+        constants: Its codes, scales and zero points, by their old names.
+        job: The recorded work.
+        scale_type: Element type (TensorProto.DataType) that is computed in.
+        tied: Products and look-ups share this weight.
+    """
+
+    node: gs.Node
+    operand: gs.Tensor
+    result: gs.Variable
+    constants: list[gs.Constant]
+    job: BlockJob
+    scale_type: int
+    tied: bool
+
+    @property
+    def is_gather(self) -> bool:
+        """Whether it looks up rows of a table."""
+        return BLOCK_GATHER.is_call(self.node)
+
+    def weights(self, layout: BlockLayout) -> tuple[DerivedWeight, ...]:
+        """Return codes, scales and, unless symmetric, zero points in a layout."""
+        return derive(self.job.with_layout(layout))
+
+
+class Constants:
+    """Makes the constants that take the place of the calls' codes, scales and zero points.
+
+    The first one for an old constant takes over its name.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._named: set[str] = set()
+        self._shared: dict[Hashable, gs.Constant] = {}
+
+    def own(self, call: BlockCall, index: int, weight: Weight) -> gs.Constant:
+        """Return a new constant for output `index` of a call's work, for one reader."""
+        name = call.constants[index].name
+        if name in self._named:
+            name = self._model.fresh_name(name)
+        self._named.add(name)
+        return constant(name, weight)
+
+    def shared(self, call: BlockCall, index: int, weight: Weight) -> gs.Constant:
+        """Return a constant for output `index` of a call's work, the same one for the same content."""
+        if weight.key not in self._shared:
+            self._shared[weight.key] = self.own(call, index, weight)
+        return self._shared[weight.key]
+
+
+def find_calls(model: Model) -> tuple[list[gs.Node], list[gs.Node]]:
+    """Return the calls with recorded work, and those without (of a model that was saved half way)."""
+    recorded, opaque = [], []
+    for _, node in calls(model, BLOCK_MATMUL, BLOCK_GATHER):
+        (recorded if job_of(node) is not None else opaque).append(node)
+    return recorded, opaque
+
+
+def take_apart(nodes: Iterable[gs.Node]) -> list[BlockCall]:
+    """Detach calls from their graphs, and find out which of them share a weight."""
+    found = []
+    for node in nodes:
+        job = job_of(node)
+        assert job is not None
+        tensors = list(node.inputs)
+        constants = [tensor for tensor in tensors[1:] if isinstance(tensor, gs.Constant)]
+        scale_type = int(node.attrs["scale_type"])
+        found.append(BlockCall(node, tensors[0], node.outputs[0], constants, job, scale_type, tied=False))
+    uses: dict[object, set[str]] = {}
+    for call in found:
+        uses.setdefault(call.job.identity, set()).add(call.node.op)
+    for call in found:
+        call.tied = len(uses[call.job.identity]) > 1
+        detach(call.node)
+    return found

@@ -1,0 +1,145 @@
+"""Few-bit weights in ONNX Runtime's own operators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import onnx_graphsurgeon as gs
+from onnx import TensorProto
+
+from onnxslim_llm.errors import CompilerBug, UsageError
+from onnxslim_llm.ir.model import Model
+from onnxslim_llm.ir.weights import AliasWeight
+from onnxslim_llm.passes.lower.codes import BlockCall, Constants, find_calls, take_apart
+from onnxslim_llm.rewrite.concepts import calls, drop_unused_functions, inline_call, replace_nodes
+from onnxslim_llm.rewrite.context import Context
+from onnxslim_llm.rewrite.edit import Builder
+from onnxslim_llm.rewrite.passes import Change, Pass
+
+__all__ = ["LowerOrtCpu"]
+
+_DOMAIN = "com.microsoft"
+_VERSION = 1
+_BITS = (2, 4, 8)
+_SCALE_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
+#: 2-bit kernels exist for these blocks only; any other one is dequantized as a whole in every run.
+_FAST_2_BIT_BLOCKS = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class LowerOrtCpu(Pass):
+    """Turn few-bit weights into com.microsoft MatMulNBits and GatherBlockQuantized nodes.
+
+    The codes are stored as the operators read them, so that a session need not transpose them first. A table that is
+    also the classifier's weight is stored once: both operators read the same bytes.
+
+    Before:
+        Y = onnxslim_llm.BlockMatMul <block_size = 32, scale_type = 1> (X, W_q4, W_scale, )
+        H = onnxslim_llm.BlockGather <block_size = 32, scale_type = 1> (input_ids, E_q8, E_scale, )
+    After:
+        Y = com.microsoft.MatMulNBits <K, N, bits = 4, block_size = 32, accuracy_level = 4> (X, W_q4, W_scale)
+        H = com.microsoft.GatherBlockQuantized <bits = 8, block_size = 32> (E_q8, input_ids, E_scale)
+
+    Skips when:
+        - the codes are no recorded work, because the model was saved half way: it gets the portable form.
+
+    Attributes:
+        accuracy_level: What activations are rounded to before the product. 4: int8 in blocks, which is what the fast
+            kernels need; 8-bit and 2-bit weights have no others. 1: float32, for 4-bit weights at half the speed.
+    """
+
+    name: ClassVar[str] = "lower_ort_cpu"
+    group: ClassVar[str] = "lower"
+
+    accuracy_level: Literal[0, 1, 2, 3, 4] = 4
+
+    def apply(self, model: Model, context: Context) -> Change:
+        """Replace all calls.
+
+        Raises:
+            UsageError: Weights of a width that the operators do not have.
+        """
+        change = Change()
+        recorded, opaque = find_calls(model)
+        for node in opaque:
+            change.skip(node.name, "its codes are no recorded work: it gets the portable form")
+        replaced = {id(node): inline_call(model, node) for node in opaque}
+        constants = Constants(model)
+        for call in take_apart(recorded):
+            scheme = call.job.scheme
+            if scheme.bits not in _BITS:
+                what = f"{_DOMAIN} has no operators for {scheme.bits}-bit weights"
+                raise UsageError(what, where=call.job.where(), todo="choose 2, 4 or 8 bits")
+            op = Builder(model, call.node.name or call.result.name)
+            result = _look_up(constants, op, call) if call.is_gather else self._multiply(constants, op, call, context)
+            last = op.nodes[-1]
+            assert last.outputs[0] is result
+            last.outputs[0] = call.result
+            replaced[id(call.node)] = op.nodes
+            change.sites.append(call.node.name or call.result.name)
+        replace_nodes(model, replaced)
+        if replaced:
+            drop_unused_functions(model)
+        if change.sites:
+            if model.opset(_DOMAIN) is None:
+                model.set_opset(_DOMAIN, _VERSION)
+            change.detail["accuracy_level"] = self.accuracy_level
+        change.sites += [node.name for node in opaque]
+        return change
+
+    def ensures(self, model: Model, context: Context) -> None:
+        """Check that no concept is left.
+
+        Raises:
+            CompilerBug: One is.
+        """
+        for _, node in calls(model):
+            raise CompilerBug("a concept is left after lowering", where=f"{node.op} '{node.name}'")
+
+    def _multiply(self, constants: Constants, op: Builder, call: BlockCall, context: Context) -> gs.Tensor:
+        codes, _, *zeros = call.weights("nbits")
+        job, bits, block = call.job, call.job.scheme.bits, codes.job.stored_block
+        if bits == 2 and block not in _FAST_2_BIT_BLOCKS:
+            note = f"{job.where()}: there is no fast kernel for 2-bit blocks of {block}; use 32, 64 or 128"
+            context.notes.append(note)
+        return op.call(
+            _DOMAIN,
+            "MatMulNBits",
+            call.operand,
+            constants.shared(call, 0, codes),
+            _scales(constants, op, call),
+            *(constants.shared(call, 2, weight) for weight in zeros),
+            K=job.rows,
+            N=job.columns,
+            bits=bits,
+            block_size=block,
+            accuracy_level=self.accuracy_level,
+        )
+
+
+def _scales(constants: Constants, op: Builder, call: BlockCall) -> gs.Tensor:
+    scales = constants.shared(call, 1, call.weights("nbits")[1])
+    same = _SCALE_TYPES[call.job.scheme.scale_type] == call.scale_type
+    return scales if same else op.Cast(scales, to=call.scale_type)
+
+
+def _look_up(constants: Constants, op: Builder, call: BlockCall) -> gs.Tensor:
+    codes, _, *zeros = call.weights("nbits")
+    job, n, block = call.job, call.job.columns, codes.job.stored_block
+    table = AliasWeight(codes, (n, codes.nbytes // n), TensorProto.UINT8)
+    rows = op.call(
+        _DOMAIN,
+        "GatherBlockQuantized",
+        constants.shared(call, 0, table),
+        call.operand,
+        _scales(constants, op, call),
+        *(constants.shared(call, 2, weight) for weight in zeros),
+        bits=job.scheme.bits,
+        block_size=block,
+        gather_axis=0,
+        quantize_axis=1,
+    )
+    if job.rows % block == 0:
+        return rows
+    return op.Slice(rows, [0], [job.rows], [len(call.operand.shape)])  # a short last block is stored in full

@@ -1,0 +1,105 @@
+"""Few-bit weights in standard ONNX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_graphsurgeon as gs
+
+from onnxslim_llm.errors import CompilerBug
+from onnxslim_llm.ir import dtypes
+from onnxslim_llm.ir.model import Model
+from onnxslim_llm.ir.weights import ViewWeight
+from onnxslim_llm.passes.lower.codes import BlockCall, Constants, find_calls, take_apart
+from onnxslim_llm.passes.lower.tables import gather_columns, gather_rows
+from onnxslim_llm.rewrite.concepts import calls, drop_unused_functions, inline_call, replace_nodes
+from onnxslim_llm.rewrite.context import Context
+from onnxslim_llm.rewrite.edit import Builder
+from onnxslim_llm.rewrite.passes import Change, Pass
+
+__all__ = ["LowerPortable"]
+
+
+@dataclass(frozen=True)
+class LowerPortable(Pass):
+    """Turn few-bit weights into DequantizeLinear nodes of ai.onnx 21.
+
+    Products get the form that ONNX Runtime fuses into an int4 or int8 kernel when it loads the model: blocks along axis
+    0 of [K, N], one DequantizeLinear a product, initializers that no other node reads. A weight with several readers
+    gets an initializer for each, all on the same bytes of the file. Look-ups dequantize only what they read: rows of
+    their own table, or, if a classifier shares it, columns of the classifier's codes, seen as bytes.
+
+    Before:
+        Y = onnxslim_llm.BlockMatMul <block_size = 32, scale_type = 1> (X, W_q4, W_scale, )
+    After:
+        W = DequantizeLinear <axis = 0, block_size = 32> (W_q4, W_scale)
+        Y = MatMul (X, W)
+
+    Skips when:
+        - a tied table has a number of rows whose codes do not fill whole bytes: its look-up then stores a second copy.
+    """
+
+    name: ClassVar[str] = "lower_portable"
+    group: ClassVar[str] = "lower"
+
+    def apply(self, model: Model, context: Context) -> Change:
+        """Replace all calls."""
+        change = Change()
+        recorded, opaque = find_calls(model)
+        replaced = {id(node): inline_call(model, node) for node in opaque}
+        constants = Constants(model)
+        for call in take_apart(recorded):
+            op = Builder(model, call.node.name or call.result.name)
+            result = self._lower(constants, op, call, change)
+            last = op.nodes[-1]
+            assert last.outputs[0] is result
+            last.outputs[0] = call.result
+            replaced[id(call.node)] = op.nodes
+        change.sites = [node.name or node.op for node in (*opaque, *recorded)]
+        replace_nodes(model, replaced)
+        if replaced:
+            drop_unused_functions(model)
+            change.detail["products"] = sum(not _is_gather(node) for node in (*opaque, *recorded))
+            change.detail["look_ups"] = sum(_is_gather(node) for node in (*opaque, *recorded))
+        return change
+
+    def ensures(self, model: Model, context: Context) -> None:
+        """Check that no concept is left.
+
+        Raises:
+            CompilerBug: One is.
+        """
+        for _, node in calls(model):
+            raise CompilerBug("a concept is left after lowering", where=f"{node.op} '{node.name}'")
+
+    def _lower(self, constants: Constants, op: Builder, call: BlockCall, change: Change) -> gs.Tensor:
+        if not call.is_gather:
+            return _multiply(constants, op, call)
+        if call.tied and _rows_fill_bytes(call):
+            return gather_columns(constants, op, call)
+        if call.tied:
+            reason = f"{call.job.columns} codes of {call.job.scheme.bits} bits do not fill whole bytes: stored twice"
+            change.skip(call.constants[0].name, reason)
+        return gather_rows(constants, op, call)
+
+
+def _is_gather(node: gs.Node) -> bool:
+    return bool(node.op == "BlockGather")
+
+
+def _rows_fill_bytes(call: BlockCall) -> bool:
+    codes = call.weights("blocked_kn")[0]
+    return call.job.columns * dtypes.bits_of(codes.onnx_dtype) % 8 == 0
+
+
+def _multiply(constants: Constants, op: Builder, call: BlockCall) -> gs.Tensor:
+    weights = list(call.weights("blocked_kn"))
+    attributes = {"axis": 0, "block_size": call.job.stored_block}
+    if not call.job.scheme.block:  # a scale per column has a form of its own
+        weights[1:] = [ViewWeight.reshape(weight, (call.job.columns,)) for weight in weights[1:]]
+        attributes = {"axis": 1}
+    codes, scales, *zeros = (constants.own(call, i, weight) for i, weight in enumerate(weights))
+    if scales.dtype != dtypes.numpy_dtype(call.scale_type):
+        scales = op.Cast(scales, to=call.scale_type)
+    return op.MatMul(call.operand, op.DequantizeLinear(codes, scales, *zeros, **attributes))

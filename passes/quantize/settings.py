@@ -1,0 +1,106 @@
+"""Which scheme a weight gets: the pass's options, then its role, then the scopes whose pattern fits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from onnxslim_llm.errors import UsageError, did_you_mean
+from onnxslim_llm.rewrite.block_weights import WeightScheme
+
+__all__ = ["BITS", "BLOCKS", "ScaleType", "Settings", "check_scheme", "check_scopes", "compile_patterns"]
+
+ScaleType = Literal["activation", "float32", "float16"]
+
+BITS = (2, 3, 4, 8)
+BLOCKS = (0, 16, 32, 64, 128, 256)
+_METHODS = ("rtn", "search")
+_SCALE_TYPES = ("activation", "float32", "float16")
+_SCOPE_KEYS = ("match", "bits", "block", "symmetric", "method", "scale_dtype")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of one weight.
+
+    Attributes:
+        bits: 0 leaves the weight alone.
+        block, symmetric, method: As in `WeightScheme`.
+        scale_dtype: "activation" stores scales in the type that is computed in.
+    """
+
+    bits: int
+    block: int
+    symmetric: bool
+    method: Literal["rtn", "search"]
+    scale_dtype: ScaleType
+
+    def in_scopes(self, scopes: Iterable[Mapping[str, Any]], names: Iterable[str]) -> Settings:
+        """Return the settings changed by every scope whose pattern is found in one of the names, in order."""
+        settings, names = self, list(names)
+        for scope in scopes:
+            if any(re.search(scope["match"], name) for name in names):
+                settings = replace(settings, **{key: value for key, value in scope.items() if key != "match"})
+        return settings
+
+    def scheme(self, rows: int, computes_in: str) -> WeightScheme:
+        """Return the scheme for a weight with K = `rows`; a block is not made longer than the column needs."""
+        block = self.block
+        while block > BLOCKS[1] and block // 2 >= rows:
+            block //= 2
+        scale = computes_in if self.scale_dtype == "activation" else self.scale_dtype
+        assert scale in ("float32", "float16")
+        return WeightScheme(self.bits, block, self.symmetric, self.method, scale)  # type: ignore[arg-type]
+
+
+def check_scheme(values: Mapping[str, Any], where: str, *, may_be_left: bool = False) -> None:
+    """Check options by name.
+
+    Raises:
+        UsageError: A value is out of range.
+    """
+    allowed: dict[str, tuple[Any, ...]] = {
+        "bits": (0, *BITS) if may_be_left else BITS,
+        "block": BLOCKS,
+        "symmetric": (True, False),
+        "method": _METHODS,
+        "scale_dtype": _SCALE_TYPES,
+    }
+    for name, value in values.items():
+        if name in allowed and value not in allowed[name]:
+            choices = ", ".join(str(choice) for choice in allowed[name])
+            raise UsageError(f"{name} = {value!r} is not possible", where=where, todo=f"choose one of {choices}")
+
+
+def check_scopes(scopes: Iterable[Mapping[str, Any]], where: str) -> None:
+    """Check the scopes of a pass.
+
+    Raises:
+        UsageError: An unknown key, no pattern, or a value out of range.
+    """
+    for index, scope in enumerate(scopes):
+        place = f"{where}.scopes[{index}]"
+        for key in scope:
+            if key not in _SCOPE_KEYS:
+                raise UsageError(f"a scope has no option '{key}'", where=place, todo=did_you_mean(key, _SCOPE_KEYS))
+        if "match" not in scope:
+            raise UsageError("a scope needs a pattern", where=place, todo="write match = 'regular expression'")
+        compile_patterns([scope["match"]], place)
+        check_scheme(scope, place, may_be_left=True)
+
+
+def compile_patterns(patterns: Iterable[str], where: str) -> list[re.Pattern[str]]:
+    """Return compiled regular expressions.
+
+    Raises:
+        UsageError: One of them is none.
+    """
+    compiled = []
+    for pattern in patterns:
+        try:
+            compiled.append(re.compile(pattern))
+        except (re.error, TypeError) as error:
+            raise UsageError(f"{pattern!r} is no regular expression: {error}", where=where) from error
+    return compiled

@@ -1,0 +1,272 @@
+"""Where a model reads float matrices that could be stored in few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import onnx_graphsurgeon as gs
+
+from onnxslim_llm.ir import dtypes
+from onnxslim_llm.ir.roles import constant_roles
+from onnxslim_llm.ir.skeleton import GraphSkeleton, skeleton_of
+from onnxslim_llm.ir.sparse import SparseWeight
+from onnxslim_llm.ir.weight import Weight
+from onnxslim_llm.ir.weights import weight_of
+from onnxslim_llm.rewrite.schema import normal_domain
+
+if TYPE_CHECKING:
+    from onnxslim_llm.ir.model import Model
+    from onnxslim_llm.rewrite.passes import Change
+
+__all__ = ["Site", "WeightGroup", "find_groups"]
+
+#: A product with fewer rows or columns than this is a gate or a router: small, sensitive, and too short for a block.
+SMALLEST_SIDE = 16
+
+Role = Literal["embedding", "lm_head", "linear"]
+
+_FLOATS = ("float32", "float16", "bfloat16")
+_COMPUTED_IN = ("float32", "float16")
+#: The first IR version in which an initializer need not be listed as an input; before, all of them are.
+_IR_WITHOUT_INPUTS = 4
+_OVERRIDABLE = "it is a graph input, too: whoever runs the model may replace it"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A node that reads a matrix.
+
+    Attributes:
+        node: A MatMul, Gemm or Gather.
+        graph: Where it is.
+        computes_in: Element type of the activations, "float32" or "float16".
+        role: "embedding", "lm_head", or "linear" for all other products.
+    """
+
+    node: gs.Node
+    graph: gs.Graph
+    computes_in: str
+    role: Role
+
+
+@dataclass
+class WeightGroup:
+    """All sites that read one matrix along the same axis, and so can share one set of codes.
+
+    Attributes:
+        name: Name of the initializer.
+        source: Its content.
+        k_axis: The axis of `source` that products sum over; the embedding axis of a table.
+        sites: The readers, in graph order.
+    """
+
+    name: str
+    source: Weight
+    k_axis: int
+    sites: list[Site] = field(default_factory=list)
+
+    @property
+    def roles(self) -> set[str]:
+        """What the matrix is used as."""
+        return {site.role for site in self.sites}
+
+    @property
+    def rows(self) -> int:
+        """K."""
+        return self.source.shape[self.k_axis]
+
+
+@dataclass(frozen=True)
+class _Read:
+    """How a node input comes from a constant: through Transpose, Cast and Identity nodes."""
+
+    constant: gs.Constant
+    transposed: bool
+    dtype: str
+    in_node: bool
+
+
+def find_groups(model: Model, change: Change) -> list[WeightGroup]:
+    """Return the matrices that can be quantized; `change` is told which ones cannot, and why."""
+    search = _Search(model, change)
+    for graph in model.graphs():
+        for node in graph.nodes:
+            if normal_domain(node.domain) == "" and node.op in ("MatMul", "Gemm", "Gather"):
+                search.visit(node, graph)
+    for function in model.functions:
+        for node in function.nodes:
+            if node.op == "Constant" and _is_matrix(node.attrs.get("value")):
+                where = f"{function.domain}::{function.name}/{node.outputs[0].name}"
+                change.skip(where, "it lies inside of a model-local function: inline the function first")
+    return search.result()
+
+
+def _is_matrix(value: object) -> bool:
+    return isinstance(value, gs.Constant) and len(weight_of(value).shape) == 2
+
+
+class _Search:
+    def __init__(self, model: Model, change: Change) -> None:
+        self.model = model
+        self.change = change
+        self.groups: dict[Hashable, WeightGroup] = {}
+        self.constants: dict[Hashable, dict[int, gs.Constant]] = {}
+        self.roles = {id(constant): role for constant, role in constant_roles(model)}
+        self.outputs = {id(tensor) for graph in model.graphs() for tensor in graph.outputs}
+        self.overridable = _overridable(model)
+
+    def visit(self, node: gs.Node, graph: gs.Graph) -> None:
+        if len(node.inputs) < 2:
+            return
+        index = 0 if node.op == "Gather" else 1
+        read = _read(node.inputs[index])
+        if read is None:
+            self._explain(node, index)
+            return
+        weight = weight_of(read.constant)
+        if len(weight.shape) < 2 or str(weight.dtype) not in (*_FLOATS, "float64"):
+            return  # vectors, shapes and codes are no weights
+        reason = _gather_reason(node, weight) if node.op == "Gather" else _product_reason(node, weight)
+        role = self.roles.get(id(read.constant), "other")
+        if not reason and node.op == "Gather" and role != "embedding":
+            reason = "its rows reach the attention as they are: positions or biases, no embedding of tokens"
+        reason = reason or self._reason(read, weight)
+        if reason:
+            self.change.skip(read.constant.name, reason)
+            return
+        k_axis = _k_axis(node, read.transposed)
+        if min(weight.shape) < SMALLEST_SIDE:
+            k, n = weight.shape[k_axis], weight.shape[1 - k_axis]
+            self.change.skip(read.constant.name, f"K = {k} and N = {n}: a side below {SMALLEST_SIDE} is left as it is")
+            return
+        key = (weight.key, k_axis)
+        group = self.groups.setdefault(key, WeightGroup(read.constant.name, weight, k_axis))
+        # A product with an embedding table is a tied classifier.
+        product: Role = "lm_head" if role in ("lm_head", "embedding") else "linear"
+        group.sites.append(Site(node, graph, read.dtype, "embedding" if node.op == "Gather" else product))
+        self.constants.setdefault(key, {})[id(read.constant)] = read.constant
+
+    def _explain(self, node: gs.Node, index: int) -> None:
+        tensor = node.inputs[index]
+        while isinstance(tensor, gs.Variable) and len(tensor.inputs) == 1:
+            producer = tensor.inputs[0]
+            if producer.op == "DequantizeLinear":
+                self.change.skip(producer.inputs[0].name, "it is quantized already")
+                return
+            if producer.op not in ("Transpose", "Cast", "Identity", "Reshape"):
+                return
+            tensor = producer.inputs[0]
+        if node.op != "Gather":
+            left = _read(node.inputs[0])
+            if left is not None and len(weight_of(left.constant).shape) == 2:
+                self.change.skip(left.constant.name, "it is the left operand: blocks would run across rows")
+
+    def _reason(self, read: _Read, weight: Weight) -> str:
+        name = read.constant.name
+        if read.in_node:
+            return "it lies in a Constant node: clean the model up first"
+        if isinstance(weight, SparseWeight):
+            return "it is stored sparse"
+        if str(weight.dtype) not in _FLOATS:
+            return f"its type is {weight.dtype}"
+        if read.dtype not in _COMPUTED_IN:
+            return f"it is used in {read.dtype}, which runtimes cannot dequantize to"
+        if name in self.overridable:
+            return _OVERRIDABLE
+        if id(read.constant) in self.outputs:
+            return "it is a graph output, too"
+        return ""
+
+    def result(self) -> list[WeightGroup]:
+        """Return the groups without those whose float copy would have to stay for another reader."""
+        accepted = {id(site.node) for group in self.groups.values() for site in group.sites}
+        found = []
+        for key, group in self.groups.items():
+            others = (o for c in self.constants[key].values() for o in self._other_readers(c, accepted))
+            other = next(others, None)
+            if other is None:
+                found.append(group)
+            else:
+                self.change.skip(group.name, f"{other} reads it, too, as floats: it would be stored twice")
+        return found
+
+    def _other_readers(self, tensor: gs.Tensor, accepted: set[int]) -> Iterator[str]:
+        if id(tensor) in self.outputs:
+            yield "a graph output"
+        for node in tensor.outputs:
+            if id(node) in accepted:
+                continue
+            if node.op in ("Transpose", "Cast", "Identity") and normal_domain(node.domain) == "":
+                yield from self._other_readers(node.outputs[0], accepted)
+            else:
+                yield f"{node.op} '{node.name or node.outputs[0].name}'"
+
+
+def _read(tensor: gs.Tensor) -> _Read | None:
+    transposed, dtype, in_node = False, "", False
+    while isinstance(tensor, gs.Variable):
+        if len(tensor.inputs) != 1 or normal_domain(tensor.inputs[0].domain) != "":
+            return None
+        node = tensor.inputs[0]
+        if node.op == "Constant" and isinstance(node.attrs.get("value"), gs.Constant):
+            tensor, in_node = node.attrs["value"], True
+            break
+        if node.op == "Cast":
+            dtype = dtype or str(dtypes.numpy_dtype(dtypes.onnx_dtype(node.attrs["to"])))
+        elif node.op == "Transpose":
+            perm = node.attrs.get("perm")
+            if perm is not None and list(perm) != [1, 0]:
+                return None
+            transposed = not transposed
+        elif node.op != "Identity":
+            return None
+        tensor = node.inputs[0]
+    if not isinstance(tensor, gs.Constant):
+        return None
+    weight = weight_of(tensor)
+    if transposed and len(weight.shape) != 2:
+        return None
+    return _Read(tensor, transposed, dtype or str(weight.dtype), in_node)
+
+
+def _k_axis(node: gs.Node, transposed: bool) -> int:
+    stored_nk = node.op == "Gather" or (node.op == "Gemm" and bool(node.attrs.get("transB", 0)))
+    return int(stored_nk != transposed)
+
+
+def _product_reason(node: gs.Node, weight: Weight) -> str:
+    if len(weight.shape) > 2:
+        return f"it has {len(weight.shape)} dimensions: batched weights are left as they are"
+    if node.op == "Gemm" and node.attrs.get("transA", 0):
+        return "Gemm transposes the other operand (transA = 1)"
+    return ""
+
+
+def _gather_reason(node: gs.Node, weight: Weight) -> str:
+    if any(reader.op == "DequantizeLinear" for tensor in node.outputs for reader in _readers(tensor)):
+        return "it holds the scales or zero points of a quantized table"
+    if len(weight.shape) != 2:
+        return f"a table of {len(weight.shape)} dimensions"
+    if node.attrs.get("axis", 0) % 2 != 0:
+        return "Gather looks up columns, not rows"
+    if node.inputs[1].shape is None:
+        return "the rank of the indices is unknown"
+    return ""
+
+
+def _readers(tensor: gs.Tensor) -> Iterator[gs.Node]:
+    for node in tensor.outputs:
+        if node.op in ("Cast", "Unsqueeze", "Reshape"):
+            yield from _readers(node.outputs[0])
+        yield node
+
+
+def _overridable(model: Model) -> set[str]:
+    if (model.graph.ir_version or _IR_WITHOUT_INPUTS) < _IR_WITHOUT_INPUTS:
+        return set()
+    skeleton: GraphSkeleton | None = skeleton_of(model.graph, GraphSkeleton)
+    if skeleton is None:
+        return set()
+    return {tensor.name for _, tensor in skeleton.inputs if isinstance(tensor, gs.Constant)}
