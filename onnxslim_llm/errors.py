@@ -58,9 +58,14 @@ class ModelError(SlimError):
 
 
 class GateError(SlimError):
-    """The artifact did not pass its gates; nothing was published."""
+    """The artifact did not pass its gates; nothing was published.
+
+    Attributes:
+        manifest: The manifest with the failing figures, where there is one.
+    """
 
     exit_code = 4
+    manifest: object | None = None
 
 
 class ResourceError(SlimError):

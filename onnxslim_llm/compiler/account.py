@@ -71,6 +71,7 @@ class Account:
     threads: int
     recipe: Recipe | None = None
     before: ModelFigures | None = None
+    roles: dict[str, str] = field(default_factory=dict)
     after: ModelFigures | None = None
     source_data: list[Path] = field(default_factory=list)
     passes: list[PassRecord] = field(default_factory=list)
@@ -86,6 +87,7 @@ class Account:
     def opened(self, model: Model) -> None:
         """Take the figures of the source."""
         self.before = describe(model)
+        self.roles = {use.name: use.role for use in weight_uses(model)}
         weights = (weight_of(tensor) for tensor in model.constants())
         files = {w.file.path for w in weights if isinstance(w, MappedWeight)}
         self.source_data = sorted(f for f in files if f.resolve() != self.source.resolve())
@@ -97,20 +99,20 @@ class Account:
         self.after = describe(model)
         self.saved = report
         self.passes = records
-        roles = {use.name: use.role for use in weight_uses(model)}
-        self.layers = _layer_errors(report, roles)
+        self.layers = _layer_errors(report, self.roles)
 
 
 def _layer_errors(report: SaveReport, roles: dict[str, str]) -> list[LayerError]:
-    layers = []
-    for name, figures in report.jobs.items():
-        signal, error = figures.get("sq_weight"), figures.get("sq_error")
-        if signal is None or error is None:
-            continue
-        relative = (error / signal) ** 0.5 if signal else 0.0
-        role = next((roles[w] for w in figures.get("weights", [name]) if w in roles), "other")
-        layers.append(LayerError(name=name, role=role, bits=figures.get("bits"), relative_error=relative))
-    return sorted(layers, key=lambda layer: layer.name)
+    return [
+        LayerError(
+            name=name,
+            role=roles.get(name, "other"),
+            bits=figures.get("bits"),
+            relative_error=figures["relative_error"],
+        )
+        for name, figures in sorted(report.weights.items())
+        if "relative_error" in figures
+    ]
 
 
 def make_manifest(

@@ -22,7 +22,7 @@ from onnxslim_llm.compiler.progress import Progress, Silent
 from onnxslim_llm.compiler.verification import Judge
 from onnxslim_llm.errors import GateError, UsageError
 from onnxslim_llm.ir.model import Model, open_model
-from onnxslim_llm.ir.openfile import resolve_model_path
+from onnxslim_llm.ir.external import resolve_model_path
 from onnxslim_llm.ir.save import SaveOptions, SaveReport, save_model
 from onnxslim_llm.recipe import Recipe
 from onnxslim_llm.rewrite.context import Context
@@ -128,17 +128,23 @@ def compile(  # noqa: A001
             verify=verified,
             seconds=time.perf_counter() - start,
         )
-        if verified is not None and manifest.failed_gates:
-            beside = staging.reject(manifest)
-            failed = manifest.failed_gates[0]
-            raise GateError(
-                f"the artifact missed {len(manifest.failed_gates)} of {len(verified.gates)} gates, first '{failed.name}': "
-                f"{failed.value} where {failed.comparison} {failed.limit} is wanted; nothing was published",
-                where=judge.guilty or str(path),
-                todo=f"see {beside}; try a gentler recipe (int8), a smaller block, or more bits for the layers it lists",
-            )
+        if manifest.failed_gates:
+            raise _gate_error(manifest, staging, judge.guilty or str(path))
         _write_report(manifest, staging.directory)
         return CompileResult(staging.publish(), manifest)
+
+
+def _gate_error(manifest: Manifest, staging: Staging, where: str) -> GateError:
+    beside, failed = staging.reject(manifest), manifest.failed_gates
+    first = failed[0]
+    error = GateError(
+        f"the artifact missed {len(failed)} gate(s), first {first.name}: {first.value} where {first.comparison} "
+        f"{first.limit} is wanted; nothing was published",
+        where=where,
+        todo=f"see {beside}; a gentler recipe (int8), a smaller block or more bits for the worst layers may pass",
+    )
+    error.manifest = manifest
+    return error
 
 
 def _load_recipe(recipe: str | Path | Recipe | None) -> Recipe | None:
