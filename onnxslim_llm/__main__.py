@@ -1,10 +1,7 @@
-"""`python -m onnxslim_llm` is the command `onnxslim-llm`."""
+"""`python -m onnxslim_llm` is the command line."""
 
 from __future__ import annotations
 
-import sys
-
 from onnxslim_llm.cli import main
 
-if __name__ == "__main__":
-    sys.exit(main())
+main()
