@@ -141,6 +141,7 @@ def _read(name_or_path: str) -> tuple[str, str]:
     if name_or_path not in preset_names():
         hint = did_you_mean(name_or_path, preset_names())
         raise UsageError(
-            f"unknown recipe '{name_or_path}'", todo=f"{hint} (or give a .toml file; `passes` lists what it may contain)"
+            f"unknown recipe '{name_or_path}'",
+            todo=f"{hint} (or give a .toml file; `passes` lists what it may contain)",
         )
     return _PRESETS.joinpath(f"{name_or_path}.toml").read_text(encoding="utf-8"), name_or_path

@@ -90,7 +90,10 @@ def quantize_without_a_graph(model: Path, out: Path, threads: int) -> None:
 def read_and_write(model: Path, out: Path) -> None:
     """Read the weights through a buffer and write a quarter as many bytes."""
     buffer = bytearray(8 << 20)
-    with (model.parent / (model.name + ".data")).open("rb", buffering=0) as source, out.open("wb", buffering=0) as target:
+    with (
+        (model.parent / (model.name + ".data")).open("rb", buffering=0) as source,
+        out.open("wb", buffering=0) as target,
+    ):
         while count := source.readinto(buffer):
             target.write(memoryview(buffer)[: count // 4])
 
@@ -121,7 +124,17 @@ def main() -> None:
         return
     args.folder.mkdir(parents=True, exist_ok=True)
     if not model.exists():
-        run([sys.executable, str(HERE.parent / "reference_decoder.py"), str(model), "--preset", args.preset, "--dtype", "float16"])
+        run(
+            [
+                sys.executable,
+                str(HERE.parent / "reference_decoder.py"),
+                str(model),
+                "--preset",
+                args.preset,
+                "--dtype",
+                "float16",
+            ]
+        )
     this = [sys.executable, __file__, "--folder", str(args.folder), "--only"]
     ours = [sys.executable, "-m", "onnxslim_llm", "compile", str(model), "--verify", "off", "--target", "ort-cpu", "-q"]
     ours += ["--recipe", str(HERE / "rtn.toml"), "--force"]

@@ -21,8 +21,8 @@ from onnxslim_llm.compiler.defaults import default_output, default_recipe
 from onnxslim_llm.compiler.progress import Progress, Silent
 from onnxslim_llm.compiler.verification import Judge
 from onnxslim_llm.errors import GateError, UsageError
-from onnxslim_llm.ir.model import Model, open_model
 from onnxslim_llm.ir.external import resolve_model_path
+from onnxslim_llm.ir.model import Model, open_model
 from onnxslim_llm.ir.save import SaveOptions, SaveReport, save_model
 from onnxslim_llm.recipe import Recipe
 from onnxslim_llm.rewrite.context import Context
@@ -187,7 +187,9 @@ class _Job:
             guilty = self.judge.find_guilty([p for p in self.passes if p.name not in rolled_back])
             if guilty is None or not guilty.lossless or guilty.name in rolled_back:
                 return verified
-            rolled_back[guilty.name] = f"the artifact missed '{next(g.name for g in verified.gates if not g.ok)}' with it"
+            rolled_back[guilty.name] = (
+                f"the artifact missed '{next(g.name for g in verified.gates if not g.ok)}' with it"
+            )
             self.progress.note(f"pass '{guilty.name}' is rolled back: {rolled_back[guilty.name]}")
             model = open_model(self.account.source)
 
@@ -198,7 +200,9 @@ class _Job:
         records = Pipeline(active).run(model, context, observer=_Relay(self.progress), gate=self.judge.pass_gate())
         self.account.notes += [n for n in context.notes if n not in self.account.notes]
         undone = [
-            PassRecord(p.name, p.options(), rolled_back=rolled_back[p.name]) for p in self.passes if p.name in rolled_back
+            PassRecord(p.name, p.options(), rolled_back=rolled_back[p.name])
+            for p in self.passes
+            if p.name in rolled_back
         ]
         return [*records, *undone]
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from onnxslim_llm.compiler.account import describe
 from onnxslim_llm.compiler.defaults import default_recipe
-from onnxslim_llm.ir.model import Model, open_model
 from onnxslim_llm.ir.external import resolve_model_path
+from onnxslim_llm.ir.model import Model, open_model
 from onnxslim_llm.ir.weight import Weight
 from onnxslim_llm.ir.weights import SparseWeight, weight_of
 from onnxslim_llm.recipe import Recipe

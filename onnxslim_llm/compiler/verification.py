@@ -18,6 +18,7 @@ from onnxslim_llm.targets import Target
 
 if TYPE_CHECKING:
     from onnxslim_llm.verify.check import Verification, Verifier
+    from onnxslim_llm.verify.inputs import Level
 
 __all__ = ["Judge"]
 
@@ -41,7 +42,14 @@ class Judge:
     """
 
     def __init__(
-        self, source: Path, target: Target, recipe: Recipe, level: str, calib: Path | None, threads: int, progress: Progress
+        self,
+        source: Path,
+        target: Target,
+        recipe: Recipe,
+        level: str,
+        calib: Path | None,
+        threads: int,
+        progress: Progress,
     ) -> None:
         self._source = source
         self._target = target
@@ -117,11 +125,9 @@ class Judge:
         if self._verifier is None:
             from onnxslim_llm.verify.check import Verifier  # loads onnxruntime: not for --verify off
 
-            level = "full" if self._level == "full" else "fast"
+            level: Level = "full" if self._level == "full" else "fast"
             tokens, arrays = self._inputs()
-            self._verifier = Verifier(
-                self._source, level=level, token_ids=tokens, arrays=arrays, threads=self._threads
-            )
+            self._verifier = Verifier(self._source, level=level, token_ids=tokens, arrays=arrays, threads=self._threads)
         return self._verifier
 
     def _inputs(self) -> tuple[list[int] | None, Path | None]:
@@ -151,9 +157,7 @@ class Judge:
 def _entry(result: Verification, level: str) -> Verify:
     found = result.comparison
     gates = [
-        GateEntry(
-            name=g.gate, limit=g.limit, value=g.value, ok=g.ok, comparison="<=" if g.direction == "max" else ">="
-        )
+        GateEntry(name=g.gate, limit=g.limit, value=g.value, ok=g.ok, comparison="<=" if g.direction == "max" else ">=")
         for g in result.gates
     ]
     known = {k: v for k, v in found.to_json().items() if k != "gates"}

@@ -59,6 +59,8 @@ def test_malformed_text_is_refused_with_its_place(text: str, said: str) -> None:
     assert caught.value.where == text
 
 
-@pytest.mark.parametrize(("text", "value"), [("4", 4), ("0.5", 0.5), ("true", True), ("rtn", "rtn"), ("[1, 2]", [1, 2])])
+@pytest.mark.parametrize(
+    ("text", "value"), [("4", 4), ("0.5", 0.5), ("true", True), ("rtn", "rtn"), ("[1, 2]", [1, 2])]
+)
 def test_values(text: str, value: object) -> None:
     assert parse_value(text) == value
