@@ -74,7 +74,7 @@ class ResourceError(SlimError):
     exit_code = 5
 
 
-class CompilerBug(SlimError):
+class CompilerBug(SlimError):  # noqa: N818 (it is one)
     """The compiler itself is wrong: the message names the pass and how to reproduce it."""
 
     exit_code = 70

@@ -2,11 +2,11 @@
 
     python benchmarks/compile/large_model.py --folder DIR [--rounds 3] [--preset 1.1b]
 
-In one run, interleaved: (a) the whole command `onnxslim-llm compile --verify off`, from interpreter start to published
-artifact, hashes and report included; (b) onnxruntime's MatMulNBitsQuantizer (RTN in C++, block 32, symmetric) on the same
-file; (c) the physical limit: the native quantizer alone, weights from the mapped file to an output file, no graph;
-(d) reading the file and writing a quarter of it, no arithmetic. Every run is its own process; wall time and peak resident
-memory are the operating system's. Prints JSON with medians and ratios.
+In one run, interleaved: (a) the whole command `onnxslim-llm compile --verify off`, from interpreter start to the
+published artifact, hashes and report included; (b) onnxruntime's MatMulNBitsQuantizer (RTN in C++, block 32, symmetric)
+on the same file; (c) the physical limit: the native quantizer alone, weights from the mapped file to an output file, no
+graph; (d) reading the file and writing a quarter of it, no arithmetic. Every run is its own process; wall time and peak
+resident memory are the operating system's. Prints JSON with medians and ratios.
 """
 
 from __future__ import annotations

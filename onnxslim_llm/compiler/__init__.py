@@ -1,4 +1,4 @@
-"""The way of a model: open, cleanup, quantize, lower, save, verify, report, publish. One direction, no back and forth."""
+"""The way of a model, in one direction: open, cleanup, quantize, lower, save, verify, report, publish."""
 
 from __future__ import annotations
 

@@ -137,7 +137,10 @@ def make_manifest(
         seconds: Time of the whole compile.
     """
     before, after, saved, recipe = account.before, account.after, account.saved, account.recipe
-    assert before and after and saved and recipe
+    assert before
+    assert after
+    assert saved
+    assert recipe
     files = hash_files(directory, artifact_names)
     return Manifest(
         tool=Tool(version=__version__),

@@ -77,7 +77,7 @@ class Judge:
         return _entry(result, self._level)
 
     def find_guilty(self, passes: list[Pass]) -> Pass | None:
-        """Return the first pass after which the model misses the gates, by bisection; None if none is to blame alone."""
+        """Return the first pass after which the model misses the gates, by bisection; None if there is none."""
         from onnxslim_llm.verify.guilty import first_failing  # loads onnxruntime
 
         self._progress.stage("find the guilty pass", None)
