@@ -10,7 +10,26 @@ from onnx import OperatorSetIdProto, defs
 
 from onnxslim_llm.errors import ModelError
 
-__all__ = ["canonical", "check_opsets", "copy_imports", "missing_imports", "used_domains", "write_imports"]
+__all__ = [
+    "FIRST_IR_WITH_OPSETS",
+    "canonical",
+    "check_opsets",
+    "copy_imports",
+    "has_implied_opset",
+    "missing_imports",
+    "used_domains",
+    "write_imports",
+]
+
+
+FIRST_IR_WITH_OPSETS = 3
+"""Models of older IR versions have no opset imports; they are of opset 1."""
+
+
+def has_implied_opset(graph: gs.Graph) -> bool:
+    """Whether a graph is of opset 1 because its model is too old to say so."""
+    version = graph.ir_version
+    return version is not None and 0 < version < FIRST_IR_WITH_OPSETS and not graph.import_domains
 
 
 def canonical(domain: str | None) -> str:
@@ -64,6 +83,8 @@ def missing_imports(graph: gs.Graph) -> list[OperatorSetIdProto]:
     Standard domains get the version that the installed onnx knows, all others version 1.
     """
     declared = {canonical(item.domain) for item in graph.import_domains or []}
+    if has_implied_opset(graph):
+        declared.add("")
     missing = [domain for domain in used_domains(graph) if domain not in declared]
     known = {} if not missing else _standard_versions()
     return [

@@ -15,11 +15,19 @@ from onnxslim_llm.errors import ModelError
 from onnxslim_llm.ir.check import check_model
 from onnxslim_llm.ir.copying import copy_graph
 from onnxslim_llm.ir.external import ExternalFiles, resolve_model_path
-from onnxslim_llm.ir.imports import canonical, check_opsets, copy_imports, missing_imports, write_imports
+from onnxslim_llm.ir.imports import (
+    FIRST_IR_WITH_OPSETS,
+    canonical,
+    check_opsets,
+    copy_imports,
+    has_implied_opset,
+    missing_imports,
+    used_domains,
+    write_imports,
+)
 from onnxslim_llm.ir.names import NameSource
 from onnxslim_llm.ir.openfile import parse_file
-from onnxslim_llm.ir.ownership import used_ids
-from onnxslim_llm.ir.reader import read_function, read_graph
+from onnxslim_llm.ir.reader import adopt, read_function, read_graph
 from onnxslim_llm.ir.skeleton import GraphSkeleton, copy_without, skeleton_of
 from onnxslim_llm.ir.tensors import TensorReader
 from onnxslim_llm.ir.walk import all_constants, operator_name, with_subgraphs
@@ -77,11 +85,13 @@ class Model:
         for item in self.graph.import_domains or []:
             if canonical(item.domain) == canonical(domain):
                 return int(item.version) if canonical(domain) else int(self.graph.opset)
-        return None
+        return int(self.graph.opset) if not canonical(domain) and has_implied_opset(self.graph) else None
 
     def set_opset(self, domain: str, version: int) -> None:
         """Import a domain, or change the version of its import. Bookkeeping only: nodes are not converted."""
         imports = [] if self.graph.import_domains is None else self.graph.import_domains
+        if has_implied_opset(self.graph):
+            self.graph.ir_version = FIRST_IR_WITH_OPSETS
         for item in imports:
             if canonical(item.domain) == canonical(domain):
                 item.version = version
@@ -251,36 +261,31 @@ def _build(proto: onnx.ModelProto, tensors: TensorReader, path: Path | None) -> 
         raise ModelError("the model has no graph", where=where, todo="is it an ONNX model? export it again")
     opset = check_opsets(proto.opset_import, where)
     graph = read_graph(proto.graph, tensors)
+    if not opset and "" in used_domains(graph):
+        if proto.ir_version >= FIRST_IR_WITH_OPSETS:
+            raise ModelError(
+                "the model does not say its opset: ai.onnx is used but not imported",
+                where=where,
+                todo="export it again",
+            )
+        opset = 1
     functions = [read_function(item, tensors) for item in proto.functions]
     imports = copy_imports(proto.opset_import)
     model = Model(graph, path, copy_without(proto, _MODEL_LISTS))
     graph.producer_name = proto.producer_name
     graph.producer_version = proto.producer_version
     graph.ir_version = proto.ir_version
-    _share(graph, functions, imports, opset)
+    adopt(graph, functions, imports, opset)
     for function in functions:
         own = check_opsets(function.import_domains, f"function '{function.domain}::{function.name}'")
-        _share(function, graph.functions, function.import_domains, own or opset)
+        adopt(function, graph.functions, function.import_domains, own or opset)
     for scope in (graph, *functions):
         for item in missing_imports(scope):
             scope.import_domains.append(item)
             model.notes.append(f"domain '{item.domain}' was used but not imported; version {item.version} is assumed")
-    _remember_orphans(model)
     _mark_overridable(graph, int(proto.ir_version))
     model.check()
     return model
-
-
-def _share(graph: gs.Graph, functions: list[gs.Function], imports: list[onnx.OperatorSetIdProto], opset: int) -> None:
-    shared = graph._functions
-    if functions is not shared and not isinstance(graph, gs.Function):
-        shared[:] = functions
-    elif isinstance(graph, gs.Function):
-        shared = functions
-    for item in with_subgraphs(graph):
-        item._functions = shared
-        item.import_domains = imports
-        item.opset = opset or item.opset
 
 
 def _mark_overridable(graph: gs.Graph, ir_version: int) -> None:
@@ -288,11 +293,3 @@ def _mark_overridable(graph: gs.Graph, ir_version: int) -> None:
         for _, tensor in skeleton_of(graph, GraphSkeleton).inputs:
             if isinstance(tensor, gs.Constant):
                 tensor.overridable = True
-
-
-def _remember_orphans(model: Model) -> None:
-    for graph in model.all_graphs():
-        skeleton: GraphSkeleton | None = skeleton_of(graph, GraphSkeleton)
-        if skeleton is not None and skeleton.initializers:
-            used = used_ids(graph)
-            skeleton.orphans = {id(item) for item in skeleton.initializers if id(item) not in used}

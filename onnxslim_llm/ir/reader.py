@@ -10,11 +10,13 @@ import onnx_graphsurgeon as gs
 from onnxslim_llm.errors import ModelError
 from onnxslim_llm.ir.attributes import read_attribute
 from onnxslim_llm.ir.imports import copy_imports
+from onnxslim_llm.ir.ownership import used_ids
 from onnxslim_llm.ir.skeleton import FunctionSkeleton, GraphSkeleton, NodeSkeleton, copy_without
 from onnxslim_llm.ir.tensors import TensorReader
 from onnxslim_llm.ir.values import variable
+from onnxslim_llm.ir.walk import with_subgraphs
 
-__all__ = ["TensorReader", "describe", "read_function", "read_graph"]
+__all__ = ["TensorReader", "adopt", "describe", "read_function", "read_graph"]
 
 _GRAPH_LISTS = frozenset(
     ["node", "initializer", "sparse_initializer", "input", "output", "value_info", "quantization_annotation"]
@@ -80,6 +82,9 @@ def read_graph(proto: onnx.GraphProto, tensors: TensorReader, outer: _Scope | No
         skeleton.annotations.append((annotation, {name: scope.local[name] for name in names if name in scope.local}))
     graph = gs.Graph(nodes=nodes, inputs=inputs, outputs=outputs, name=proto.name, doc_string=proto.doc_string)
     graph.skeleton = skeleton
+    if skeleton.initializers:
+        used = used_ids(graph)
+        skeleton.orphans = {id(item) for item in skeleton.initializers if id(item) not in used}
     return graph
 
 
@@ -126,6 +131,21 @@ def read_function(proto: onnx.FunctionProto, tensors: TensorReader) -> gs.Functi
     value_info = [(entry, scope.local.get(entry.name)) for entry in proto.value_info]
     function.skeleton = FunctionSkeleton(copy_without(proto, _FUNCTION_LISTS), skeletons, value_info)
     return function
+
+
+def adopt(graph: gs.Graph, functions: list[gs.Function], imports: list[onnx.OperatorSetIdProto], opset: int) -> None:
+    """Give a graph or function and its subgraphs the model's one list of functions, and their opset imports.
+
+    Args:
+        graph: The graph.
+        functions: The list itself is shared, as graphsurgeon wants it.
+        imports: Shared too.
+        opset: Version of ai.onnx; 0 leaves graphsurgeon's default.
+    """
+    for item in with_subgraphs(graph):
+        item._functions = functions
+        item.import_domains = imports
+        item.opset = opset or item.opset
 
 
 def describe(node: gs.Node | onnx.NodeProto) -> str:
