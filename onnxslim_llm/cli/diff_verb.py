@@ -28,8 +28,7 @@ _LAYERS_SHOWN = 20
 def command(a: Path, b: Path, no_run: bool, threads: int, output: Output) -> None:
     """Compare the models A (the reference) and B: operators, bytes, and the same-named tensors on the same inputs."""
     from onnxslim_llm.cli.progress import TerminalProgress
-    from onnxslim_llm.ir.model import resolve_model_path
-    from onnxslim_llm.ir.model import open_model
+    from onnxslim_llm.ir.model import open_model, resolve_model_path
     from onnxslim_llm.report.difference import structural_difference
 
     first, second = resolve_model_path(a), resolve_model_path(b)

@@ -19,14 +19,14 @@ __all__ = ["PROGRAM", "run"]
 PROGRAM = "onnxslim-llm"
 _INTERRUPTED = 128 + signal.SIGINT
 _BROKEN_PIPE = 128 + signal.SIGPIPE
-_BUG = 70
+_VERBOSE = frozenset({"-v", "--verbose"})
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command line `arguments` (without the program's name) and return the exit code."""
     from onnxslim_llm.cli.app import app
 
-    verbose = any(a == "-v" or a == "--verbose" for a in arguments)
+    verbose = not _VERBOSE.isdisjoint(arguments)
     try:
         with app.make_context(PROGRAM, list(arguments)) as context:
             app.invoke(context)
@@ -66,10 +66,11 @@ def _as_slim_error(error: BaseException, arguments: Sequence[str]) -> SlimError:
     if isinstance(error, OSError | MemoryError):
         return as_resource_error(error)
     place = _place(error.__traceback__)
+    command = " ".join([PROGRAM, *(a for a in arguments if a not in _VERBOSE), "-v"])
     return CompilerBug(
         f"this is a bug: {type(error).__name__}: {error}".splitlines()[0],
         where=place,
-        todo=f"report it with the output of: {PROGRAM} {' '.join(arguments)} -v",
+        todo=f"report it with the output of: {command}",
     )
 
 
