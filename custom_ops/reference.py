@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from onnxslim_llm.custom_ops.layout import BlockSpec, Layout, TileBuffers, storage_bits
+from onnxslim_llm.custom_ops.layout import BlockSpec, TileBuffers
+from onnxslim_llm.custom_ops.packing import pack, unpack
 
-__all__ = ["GRID_SLACK", "REFITS", "Statistics", "dequantize", "quantize_into", "unpack"]
+__all__ = ["GRID_SLACK", "REFITS", "Statistics", "dequantize", "quantize_into"]
 
 Floats = npt.NDArray[Any]  # float32 throughout; numpy's stubs turn quotients into float64
 Array = npt.NDArray[Any]
@@ -81,11 +82,17 @@ def quantize_into(
     if method == "search":
         affine = _search(blocks, affine, _cut_importance(importance, blocks))
     codes, sq_error, sq_weight = _encode(blocks, affine)
-    _pack(codes, affine.scale * blocks.unit, affine.zero, buffers, first_column, weight.shape[0])
+    pack(codes, affine.scale * blocks.unit, affine.zero, buffers, first_column, weight.shape[0])
     return Statistics(sq_error, sq_weight, int(bad.sum()), int(np.argmax(bad)) if bad.any() else None)
 
 
-# --- choosing scale and zero point ------------------------------------------------------------------------------------
+def dequantize(buffers: TileBuffers) -> Floats:
+    """The weight [K, N] that the codes stand for, float32."""
+    codes, scales, zeros = unpack(buffers)
+    block = buffers.spec.block_rows(buffers.rows)
+    scale = np.repeat(scales.astype(np.float32), block, axis=0)[: buffers.rows]
+    zero = np.repeat(zeros.astype(np.float32), block, axis=0)[: buffers.rows]
+    return (codes.astype(np.float32) - zero) * scale
 
 
 def _cut(values: Floats, spec: BlockSpec) -> _Blocks:
@@ -228,95 +235,3 @@ def _ordered_sum(blocks_by_columns: npt.NDArray[np.float64]) -> float:
     """Sums over the blocks of each column, then over columns, one after the other (np.sum would pair them up)."""
     by_column = np.cumsum(blocks_by_columns, axis=0)[-1]
     return float(np.cumsum(by_column)[-1])
-
-
-# --- bytes ------------------------------------------------------------------------------------------------------------
-
-
-def _pack_bits(codes: Array, bits: int) -> Array:
-    """Packs the last axis, lowest bits first, padded with zero bits to whole bytes."""
-    planes = (codes[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
-    return np.packbits(planes.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
-
-
-def _unpack_bits(packed: Array, bits: int, count: int) -> Array:
-    planes = np.unpackbits(packed, axis=-1, count=count * bits, bitorder="little")
-    shifted = planes.reshape(*packed.shape[:-1], count, bits) << np.arange(bits, dtype=np.uint8)
-    codes: Array = shifted.sum(-1, dtype=np.uint8)
-    return codes
-
-
-def _pack(codes: Array, scales: Floats, zero: Floats, buffers: TileBuffers, first_column: int, rows: int) -> None:
-    """Puts codes [KB, block, N] and scales, zeros [KB, N] of a tile where the layout wants them."""
-    spec, layout = buffers.spec, buffers.layout
-    bits, columns = storage_bits(spec, layout), codes.shape[2]
-    zeros = zero.astype(np.uint8)
-    mine = slice(first_column, first_column + columns)
-    if layout is Layout.NBITS:
-        filled = codes.copy()
-        short = rows - (codes.shape[0] - 1) * codes.shape[1]
-        filled[-1, short:] = zeros[-1]
-        buffers.codes[mine] = _pack_bits(filled.transpose(2, 0, 1), bits)
-        buffers.scales[mine] = scales.T
-        if buffers.zero_points is not None:
-            buffers.zero_points[mine] = _pack_bits(zeros.T, bits)
-        return
-    matrix = codes.reshape(-1, columns)[:rows]
-    if spec.symmetric:
-        matrix = (matrix - np.uint8(2 ** (spec.bits - 1))) & np.uint8(2**bits - 1)
-    if layout is Layout.BLOCKED_KN:
-        buffers.scales[:, mine] = scales
-        _put_columns(buffers.codes, matrix, bits, first_column, buffers.columns)
-        if buffers.zero_points is not None:
-            _put_columns(buffers.zero_points, zeros, bits, first_column, buffers.columns)
-    else:
-        buffers.scales[mine] = scales.T
-        _put_flat(buffers.codes, matrix.T, bits, first_column)
-        if buffers.zero_points is not None:
-            _put_flat(buffers.zero_points, zeros.T, bits, first_column)
-
-
-def _put_columns(to: Array, matrix: Array, bits: int, first_column: int, total_columns: int) -> None:
-    if matrix.shape[1] == total_columns:
-        to[:] = _pack_bits(matrix.reshape(-1), bits)
-        return
-    start = first_column * bits // 8
-    packed = _pack_bits(matrix, bits)
-    to.reshape(matrix.shape[0], -1)[:, start : start + packed.shape[1]] = packed
-
-
-def _put_flat(to: Array, matrix: Array, bits: int, first_row: int) -> None:
-    start = first_row * matrix.shape[1] * bits // 8
-    packed = _pack_bits(matrix.reshape(-1), bits)
-    to[start : start + packed.size] = packed
-
-
-def unpack(buffers: TileBuffers) -> tuple[Array, Array, Array]:
-    """Codes [K, N] (unsigned), scales [KB, N] and zeros [KB, N] of a whole quantized weight, whatever its layout."""
-    spec, rows, columns = buffers.spec, buffers.rows, buffers.columns
-    bits, block, count = storage_bits(spec, buffers.layout), spec.block_rows(rows), spec.block_count(rows)
-    zeros = np.full((count, columns), 2 ** (spec.bits - 1), np.uint8)
-    if buffers.layout is Layout.NBITS:
-        codes = _unpack_bits(buffers.codes, bits, block).reshape(columns, -1)[:, :rows].T
-        if buffers.zero_points is not None:
-            zeros = _unpack_bits(buffers.zero_points, bits, count).T
-        return codes, buffers.scales.T, zeros
-    flat = _unpack_bits(buffers.codes, bits, rows * columns)
-    if spec.symmetric:
-        flat = (flat + np.uint8(2 ** (spec.bits - 1))) & np.uint8(2**bits - 1)
-    if buffers.zero_points is not None:
-        zeros = _unpack_bits(buffers.zero_points, bits, count * columns).reshape(zeros.shape)
-    if buffers.layout is Layout.BLOCKED_KN:
-        return flat.reshape(rows, columns), buffers.scales, zeros
-    if buffers.zero_points is not None:
-        zeros = zeros.reshape(columns, count).T
-    return flat.reshape(columns, rows).T, buffers.scales.T, zeros
-
-
-def dequantize(buffers: TileBuffers) -> Floats:
-    """The weight [K, N] that the codes stand for, float32."""
-    codes, scales, zeros = unpack(buffers)
-    block = buffers.spec.block_rows(buffers.rows)
-    scale = np.repeat(scales.astype(np.float32), block, axis=0)[: buffers.rows]
-    zero = np.repeat(zeros.astype(np.float32), block, axis=0)[: buffers.rows]
-    return (codes.astype(np.float32) - zero) * scale

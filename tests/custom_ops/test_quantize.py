@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 import onnxslim_llm.custom_ops as custom_ops
 from onnxslim_llm.custom_ops import native
+from onnxslim_llm.custom_ops.packing import unpack
 from onnxslim_llm.custom_ops.quantize import BlockSpec, Layout, TileBuffers, TileResult, column_alignment, quantize_tile
-from onnxslim_llm.custom_ops.reference import dequantize, unpack
+from onnxslim_llm.custom_ops.reference import dequantize
 
 Array = np.ndarray[Any, Any]
 
