@@ -24,19 +24,18 @@ _KNOWN = _names(
     "spiece.model chat_template.jinja chat_template.json preprocessor_config.json processor_config.json "
     "quantize_config.json"
 )
-_WEIGHTS = _names(
-    ".onnx .data .onnx_data .safetensors .bin .pt .pth .ckpt .h5 .msgpack .gguf .npy .npz .pb .tflite .ot .weight"
-)
+_KINDS = _names(".json .jinja .model .tiktoken .yaml .yml .toml")
+_LEGAL = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 _OURS = frozenset({MANIFEST_NAME, REPORT_NAME})
 
 
 def side_files(folder: Path, *, only_known: bool) -> tuple[list[Path], list[str]]:
-    """The side files that lie directly in `folder`, sorted by name, and notes about those that are left behind.
+    """The side files that lie directly in `folder`, sorted by name, and notes about large ones that are left behind.
 
     Args:
         folder: The source model's folder.
         only_known: Take only names that no other file has (for a MODEL that was given as a file: its folder may hold
-            anything); otherwise everything that is small, not hidden and not weights.
+            anything); otherwise every configuration file, and what the licence wants to be kept.
 
     Raises:
         OSError: The folder cannot be read.
@@ -44,10 +43,12 @@ def side_files(folder: Path, *, only_known: bool) -> tuple[list[Path], list[str]
     taken: list[Path] = []
     notes: list[str] = []
     for path in sorted(folder.iterdir()):
-        hidden_or_ours = path.name.startswith(".") or path.name in _OURS
-        if hidden_or_ours or not path.is_file() or _WEIGHTS.intersection(path.suffixes):
-            continue
-        if only_known and path.name not in _KNOWN:
+        wanted = path.name in _KNOWN
+        if not only_known:
+            wanted = wanted or path.suffix in _KINDS or path.name.upper().startswith(_LEGAL)
+        # An index of sharded weights would point to weights that are not there.
+        index = path.name.endswith(".index.json")
+        if not wanted or index or path.name.startswith(".") or path.name in _OURS or not path.is_file():
             continue
         size = path.stat().st_size
         if size > SIDE_FILE_LIMIT:

@@ -109,7 +109,8 @@ def compile(  # noqa: A001
         account.recipe = chosen
         data = account.source_data
         staging.begin(compile_identity(path, data, _identity(goal, chosen)), resume=resume)
-        source_hashes = hasher.submit(path.parent, [path.name, *(str(f.relative_to(path.parent)) for f in data)])
+        names = [path.name, *(os.path.relpath(f.resolve(), path.parent.resolve()) for f in data)]
+        source_hashes = hasher.submit(path.parent, names)
         account.notes += staging.notes
         given = Path(calib) if calib else None
         judge = Judge(path, goal, chosen, verify, given, account.threads, progress)

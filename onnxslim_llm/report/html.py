@@ -55,7 +55,7 @@ def _content(m: Manifest) -> dict[str, Any]:
     pairs = [(op, m.source.ops.get(op, 0), m.artifact.ops.get(op, 0)) for op in ops]
     measured = [layer for layer in m.layers if layer.relative_error is not None]
     return {
-        "title": PurePath(m.source.path).name or m.source.path,
+        "title": _title(m.source.path),
         "recipe_name": m.recipe.get("name", "custom"),
         "recipe_text": json.dumps(m.recipe, indent=2, default=str),
         "gates": m.verify.gates if m.verify else [],
@@ -80,11 +80,17 @@ def _content(m: Manifest) -> dict[str, Any]:
         "worst": sorted(measured, key=lambda layer: -(layer.relative_error or 0))[:_WORST_LISTED],
         "verify_figures": _verify_figures(m),
         "quality_figures": _quality_figures(m),
-        "inputs": ", ".join(m.verify.inputs) if m.verify and isinstance(m.verify.inputs, list) else "generated",
+        "inputs": "; ".join(m.verify.inputs) if m.verify and isinstance(m.verify.inputs, list) else "generated",
         "changed_ops": sorted((p for p in pairs if p[1] != p[2]), key=lambda p: -abs(p[1] - p[2])),
         "same_ops": ", ".join(f"{count_text(n)} {op}" for op, n, other in pairs if n == other),
         "environment": _environment(m),
     }
+
+
+def _title(path: str) -> str:
+    """The file's name; of a file that is called like all others, its folder's name too."""
+    parts = PurePath(path).parts
+    return "/".join(parts[-2:] if parts[-1:] == ("model.onnx",) else parts[-1:])
 
 
 def _cards(m: Manifest) -> list[dict[str, str]]:

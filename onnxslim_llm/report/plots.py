@@ -61,7 +61,8 @@ def time_plot(passes: Sequence[PassEntry]) -> str:
     rows = list(passes)[::-1]
     chart = _chart(pygal.HorizontalBar, height=_AXIS + _ROW * len(rows), colours=("var(--artifact)",))
     chart.x_labels = [entry.name for entry in rows]
-    chart.value_formatter = seconds_text
+    in_seconds = max((entry.seconds for entry in rows), default=0.0) >= 1
+    chart.value_formatter = lambda value: f"{value:g} s" if in_seconds else f"{1000 * value:g} ms"
     chart.add("time", [_value(p.seconds, f"{p.name}: {seconds_text(p.seconds)}, {p.changed} changes") for p in rows])
     return _svg(chart, "times")
 

@@ -10,19 +10,20 @@ from onnxslim_llm.artifact import sidefiles
 from onnxslim_llm.artifact.sidefiles import carry_side_files
 
 SIDE = ["chat_template.jinja", "config.json", "genai_config.json", "tokenizer.json", "tokenizer.model"]
-WEIGHTS = ["model.onnx", "model.onnx.data", "model.onnx_data", "model.safetensors", "pytorch_model.bin", "x.pt"]
+OTHERS = ["model.onnx", "model.onnx.data", "model.onnx_data", "model.safetensors", "pytorch_model.bin", "x.pt"]
+OTHERS += ["model.safetensors.index.json", "README.md", "corpus.txt", "train.py"]
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     folder = tmp_path / "source"
     (folder / "subfolder").mkdir(parents=True)
-    for name in [*SIDE, *WEIGHTS, "LICENSE", "manifest.json", "report.html", ".gitattributes"]:
+    for name in [*SIDE, *OTHERS, "LICENSE", "manifest.json", "report.html", ".gitattributes"]:
         (folder / name).write_text(name)
     return folder
 
 
-def test_a_folder_gives_all_but_weights_and_our_own_files(tmp_path: Path, source: Path) -> None:
+def test_a_folder_gives_configuration_and_licence(tmp_path: Path, source: Path) -> None:
     (tmp_path / "out").mkdir()
     names, notes = carry_side_files(source, tmp_path / "out", only_known=False)
     assert names == ["LICENSE", *SIDE]
@@ -32,7 +33,7 @@ def test_a_folder_gives_all_but_weights_and_our_own_files(tmp_path: Path, source
 
 
 def test_beside_a_file_only_well_known_names_are_taken(tmp_path: Path, source: Path) -> None:
-    (source / "tax return.txt").write_text("private")
+    (source / "tax return.json").write_text("private")
     (tmp_path / "out").mkdir()
     names, _ = carry_side_files(source, tmp_path / "out", only_known=True)
     assert names == SIDE
@@ -57,8 +58,8 @@ def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path, source: Path) -
 
 def test_a_large_file_stays_behind_with_a_note(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sidefiles, "SIDE_FILE_LIMIT", 20)
-    (source / "corpus.txt").write_text("x" * 21)
+    (source / "vocab.json").write_text("x" * 21)
     (tmp_path / "out").mkdir()
     names, notes = carry_side_files(source, tmp_path / "out", only_known=False)
-    assert "corpus.txt" not in names
-    assert notes == ["corpus.txt is not carried along: 21 bytes, the limit is 20"]
+    assert "vocab.json" not in names
+    assert notes == ["vocab.json is not carried along: 21 bytes, the limit is 20"]

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
     """Of a child that finds the package that this process tests, and that draws no colours."""
     home = str(Path(onnxslim_llm.__file__).resolve().parents[1])
@@ -24,11 +25,11 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture
-def cli(tmp_path: Path) -> Run:
+def cli(tmp_path: Path, environment: dict[str, str]) -> Run:
     """Run a command line in `tmp_path` and return what came out; more keywords as for subprocess.run."""
 
     def run(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
-        settings = {"cwd": tmp_path, "env": environment(), "timeout": 120, "capture_output": True, "text": True}
+        settings = {"cwd": tmp_path, "env": environment, "timeout": 120, "capture_output": True, "text": True}
         command = [sys.executable, "-m", "onnxslim_llm", *map(str, arguments)]
         return subprocess.run(command, **{**settings, **options})
 
