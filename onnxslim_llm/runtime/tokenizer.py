@@ -45,19 +45,22 @@ class TextTokenizer:
         return text
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yield text as soon as it is complete: never half a character, and joined equal to `decode` of all ids."""
+        """Yield text as soon as it is complete, never half a character.
+
+        Bytes that stay incomplete come at the end, as U+FFFD.
+        """
         from tokenizers.decoders import DecodeStream
 
-        stream, seen, shown = DecodeStream(skip_special_tokens=True), list[int](), ""
+        stream, pending = DecodeStream(skip_special_tokens=True), list[int]()
         for token in ids:
-            seen.append(token)
+            pending.append(token)
             piece = stream.step(self._tokenizer, token)
             if piece:
-                shown += piece
+                pending.clear()
                 yield piece
-        whole = self.decode(seen)
-        if len(whole) > len(shown) and whole.startswith(shown):  # bytes that never became a character
-            yield whole[len(shown) :]
+        rest = self.decode(pending)
+        if rest:
+            yield rest
 
 
 def load_tokenizer(path: str | Path) -> TextTokenizer:

@@ -1,0 +1,23 @@
+"""What every test may use."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The generator of random decoders serves benchmarks and tests: `from reference_decoder import DecoderSpec, build`.
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+@pytest.fixture(scope="session")
+def sample_dir() -> Path:
+    """The trained sample model: model.onnx, tokenizer.json, heldout.txt, calib.txt and its config files."""
+    folder = Path(os.environ.get("ONNXSLIM_SAMPLE", ROOT / "models" / "stdlib-llama"))
+    if not (folder / "model.onnx").is_file():
+        pytest.skip(f"the sample model is not in {folder}")
+    return folder
