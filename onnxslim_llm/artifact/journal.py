@@ -71,6 +71,7 @@ class Journal:
         self.path = path
         self._lock = threading.Lock()
         self._done: set[str] = set()
+        self._details: dict[str, dict[str, Any]] = {}
         length = self._read(header) if resume else 0
         self.resumed = length > 0
         """Whether work of an earlier run is kept."""
@@ -89,6 +90,16 @@ class Journal:
             if key not in self._done:
                 self._append(key)
                 self._done.add(key)
+
+    def note(self, key: str, detail: Mapping[str, Any]) -> None:
+        """Record figures of the work of `key` (JSON values), before `mark(key)`: a resumed compile reports them too."""
+        with self._lock:
+            self._append({"note": key, "detail": dict(detail)})
+            self._details[key] = dict(detail)
+
+    def detail(self, key: str) -> dict[str, Any] | None:
+        """What was noted of `key`."""
+        return self._details.get(key)
 
     def __len__(self) -> int:
         return len(self._done)
@@ -113,10 +124,11 @@ class Journal:
             return 0
         whole = content[: content.rfind(b"\n") + 1]
         try:
-            first, *keys = [json.loads(line) for line in whole.splitlines()]
+            first, *entries = [json.loads(line) for line in whole.splitlines()]
         except ValueError:
             return 0
         if first != dict(header):
             return 0
-        self._done.update(key for key in keys if isinstance(key, str))
+        self._done.update(entry for entry in entries if isinstance(entry, str))
+        self._details.update((entry["note"], entry["detail"]) for entry in entries if isinstance(entry, dict))
         return len(whole)

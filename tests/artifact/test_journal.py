@@ -28,6 +28,18 @@ def test_resumes_marks_of_the_same_identity(tmp_path: Path) -> None:
     assert Journal(tmp_path / "j", "work", resume=True).done("layer 2")
 
 
+def test_figures_come_back_exactly(tmp_path: Path) -> None:
+    figures = {"sq_error": 1 / 3, "bits": 4, "weights": ["a", "b"], "nonfinite": float("inf")}
+    first = Journal(tmp_path / "j", "work")
+    first.note("layer", figures)
+    first.mark("layer")
+    first.close()
+    second = Journal(tmp_path / "j", "work", resume=True)
+    assert second.detail("layer") == first.detail("layer") == figures
+    assert second.detail("other") is None
+    assert len(second) == 1
+
+
 @pytest.mark.parametrize(("identity", "resume"), [("other work", True), ("work", False)])
 def test_starts_empty_for_other_work_or_without_resume(tmp_path: Path, identity: str, resume: bool) -> None:
     first = Journal(tmp_path / "j", "work")
