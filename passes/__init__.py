@@ -5,8 +5,37 @@ Third parties add theirs through the entry point group `onnxslim_llm.passes`.
 
 from __future__ import annotations
 
+from onnxslim_llm.passes.cleanup.cleanup import Cleanup
+from onnxslim_llm.passes.cleanup.deduplicate_initializers import DeduplicateInitializers
+from onnxslim_llm.passes.cleanup.eliminate_common_subexpressions import EliminateCommonSubexpressions
+from onnxslim_llm.passes.cleanup.fold_constants import FoldConstants
+from onnxslim_llm.passes.cleanup.fold_shapes import FoldShapes
+from onnxslim_llm.passes.cleanup.inline_functions import InlineFunctions
+from onnxslim_llm.passes.cleanup.lift_constants import LiftConstants
+from onnxslim_llm.passes.cleanup.prune_subgraphs import PruneSubgraphs
+from onnxslim_llm.passes.cleanup.remove_dead_code import RemoveDeadCode
+from onnxslim_llm.passes.cleanup.simplify_algebra import SimplifyAlgebra
+from onnxslim_llm.passes.cleanup.tie_weights import TieWeights
+from onnxslim_llm.passes.lower.lower_ort_cpu import LowerOrtCpu
+from onnxslim_llm.passes.lower.lower_portable import LowerPortable
+from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.rewrite.passes import Pass
 
 __all__ = ["PASSES"]
 
-PASSES: tuple[type[Pass], ...] = ()
+PASSES: tuple[type[Pass], ...] = (
+    Cleanup,
+    LiftConstants,
+    RemoveDeadCode,
+    DeduplicateInitializers,
+    FoldConstants,
+    FoldShapes,
+    SimplifyAlgebra,
+    EliminateCommonSubexpressions,
+    PruneSubgraphs,
+    TieWeights,
+    InlineFunctions,
+    QuantizeWeights,
+    LowerPortable,
+    LowerOrtCpu,
+)

@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 from onnxslim_llm.ir.imports import copy_imports
 from onnxslim_llm.ir.skeleton import FunctionSkeleton, GraphSkeleton, skeleton_of
 
-__all__ = ["copy_graph"]
+__all__ = ["copy_graph", "copy_nodes"]
 
 
 def copy_graph(graph: gs.Graph) -> gs.Graph:
@@ -21,6 +21,16 @@ def copy_graph(graph: gs.Graph) -> gs.Graph:
     for item in (twin, *functions):
         _share_functions(item, shared)
     return twin
+
+
+def copy_nodes(graph: gs.Graph, tensors: dict[int, gs.Tensor]) -> list[gs.Node]:
+    """Return copies of the nodes of a graph or function, for another graph.
+
+    Args:
+        graph: What is copied; it stays as it is.
+        tensors: What stands for a tensor of `graph` (by its `id`) in the copy. All others are copied, and added here.
+    """
+    return [_node(node, tensors) for node in graph.nodes]
 
 
 def _copy(graph: gs.Graph, tensors: dict[int, gs.Tensor]) -> Any:

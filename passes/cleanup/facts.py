@@ -1,0 +1,98 @@
+"""What the rules of this group ask about tensors: shapes and types as inference has written them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from onnx import TensorProto
+
+from onnxslim_llm.ir import dtypes
+from onnxslim_llm.ir.weights import weight_of
+from onnxslim_llm.rewrite.constants import constant_value
+from onnxslim_llm.rewrite.matcher import Match
+from onnxslim_llm.rewrite.rule import Refusal
+
+__all__ = ["constant_ints", "is_dropin", "onnx_type", "rank_of", "same_shape", "shape_of", "widens"]
+
+
+def shape_of(tensor: gs.Tensor) -> tuple[Any, ...] | None:
+    """Return the shape (ints, names, None), or None if it is not known."""
+    if isinstance(tensor, gs.Constant):
+        return weight_of(tensor).shape
+    if tensor.shape is None or getattr(tensor, "type", "tensor_type") != "tensor_type":
+        return None
+    return tuple(tensor.shape)
+
+
+def rank_of(tensor: gs.Tensor) -> int | None:
+    """Return the number of axes, or None if it is not known."""
+    shape = shape_of(tensor)
+    return None if shape is None else len(shape)
+
+
+def onnx_type(tensor: gs.Tensor) -> int | None:
+    """Return the element type (`TensorProto.DataType`), or None if it is not known."""
+    if isinstance(tensor, gs.Constant):
+        return weight_of(tensor).onnx_dtype
+    return None if tensor.dtype is None else dtypes.onnx_dtype(tensor.dtype)
+
+
+def same_shape(a: gs.Tensor, b: gs.Tensor) -> bool:
+    """Return whether two tensors have the same, completely known shape."""
+    left, right = shape_of(a), shape_of(b)
+    return left is not None and left == right and all(d is not None and d != "" for d in left)
+
+
+def is_dropin(match: Match, name: str) -> Refusal | None:
+    """Refuse unless the wildcard `name` has the shape of the root's output whatever the other operands are."""
+    kept, root = match[name], match.root
+    others = [t for t in root.inputs if t is not kept and not t.is_empty()]
+    rank = rank_of(kept)
+    scalars = all(
+        (shape := shape_of(t)) is not None and math.prod(d if isinstance(d, int) else 0 for d in shape) == 1
+        and (not shape or (rank is not None and len(shape) <= rank))
+        for t in others
+    )
+    if scalars or same_shape(kept, match.outputs[0]):
+        return None
+    return Refusal("the other operand may broadcast it", match.outputs[0].name)
+
+
+def constant_ints(tensor: gs.Tensor) -> list[int] | None:
+    """Return the content of a small integer constant as a list, or None."""
+    value = constant_value(tensor)
+    return None if value is None or value.dtype.kind not in "iu" else [int(v) for v in np.reshape(value, -1)]
+
+
+_FLOAT_BITS = {  # (exponent, mantissa) bits
+    TensorProto.BFLOAT16: (8, 7),
+    TensorProto.FLOAT16: (5, 10),
+    TensorProto.FLOAT: (8, 23),
+    TensorProto.DOUBLE: (11, 52),
+}
+_INTEGER_BITS = {  # (is signed, bits of magnitude)
+    TensorProto.BOOL: (False, 1),
+    TensorProto.UINT8: (False, 8),
+    TensorProto.INT8: (True, 7),
+    TensorProto.UINT16: (False, 16),
+    TensorProto.INT16: (True, 15),
+    TensorProto.UINT32: (False, 32),
+    TensorProto.INT32: (True, 31),
+    TensorProto.UINT64: (False, 64),
+    TensorProto.INT64: (True, 63),
+}
+
+
+def widens(source: int, through: int) -> bool:
+    """Return whether every value of the element type `source` exists in `through`, within the same kind of number."""
+    if source == through:
+        return True
+    if source in _FLOAT_BITS and through in _FLOAT_BITS:
+        return all(a <= b for a, b in zip(_FLOAT_BITS[source], _FLOAT_BITS[through], strict=True))
+    if source in _INTEGER_BITS and through in _INTEGER_BITS and through != TensorProto.BOOL:
+        (signed, bits), (also_signed, more) = _INTEGER_BITS[source], _INTEGER_BITS[through]
+        return bits <= more and (also_signed or not signed)
+    return False
