@@ -109,6 +109,8 @@ class _Work:
             if isinstance(target, str):
                 self.change.skip(node.outputs[0].name, target)
             elif target is not None:
+                if node.op == "Reshape" and not _has_literal_zero(self.values.value_of(node.inputs[1])):
+                    node.attrs.pop("allowzero", None)
                 name = self.model.fresh_name(f"{node.name or node.outputs[0].name}/shape")
                 node.inputs[1] = constant(name, np.array(target, np.int64))
                 self.change.sites.append(node.outputs[0].name)
@@ -148,7 +150,8 @@ class _Work:
         before = self.values.shape_of(node.inputs[0])
         if wanted is None or after is None or before is None or wanted.size != len(after):
             return "nothing is known about the sizes that it asks for"
-        copies = not int(node.attrs.get("allowzero", 0))
+        # Only a literal zero needs allowzero; a size that is copied may be zero without it.
+        copies = not (_has_literal_zero(wanted) and int(node.attrs.get("allowzero", 0)))
         target: list[int] = []
         for i, (item, size) in enumerate(zip(wanted, after, strict=True)):
             if isinstance(item, int) and item > 0:
@@ -189,6 +192,10 @@ class _Work:
             else:
                 return "it repeats by a size that is not known"
         return target
+
+
+def _has_literal_zero(value: NDArray[Any] | None) -> bool:
+    return value is not None and any(isinstance(item, int) and item == 0 for item in value.reshape(-1))
 
 
 def _as_type(value: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any] | None:
