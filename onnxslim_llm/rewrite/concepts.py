@@ -23,7 +23,7 @@ from onnxslim_llm.rewrite.edit import detach
 if TYPE_CHECKING:
     from onnxslim_llm.ir.model import Model
 
-__all__ = ["DOMAIN", "Concept", "calls", "drop_unused_functions", "inline_call", "replace_nodes"]
+__all__ = ["DOMAIN", "Concept", "calls", "drop_unused_functions", "follow_opset", "inline_call", "replace_nodes"]
 
 #: Domain of all concepts; never found in an artifact.
 DOMAIN = "onnxslim_llm"
@@ -87,6 +87,15 @@ class Concept:
         function._functions = model.functions
         model.functions.append(function)
         model.set_opset(DOMAIN, _VERSION)
+
+
+def follow_opset(model: Model) -> None:
+    """Let the functions of all concepts import the model's own ai.onnx version, after it was converted."""
+    for function in model.functions:
+        if function.domain == DOMAIN:
+            function.opset = model.opset()
+            for item in function.import_domains:
+                item.version = model.opset()
 
 
 def calls(model: Model, *concepts: Concept) -> Iterator[tuple[gs.Graph, gs.Node]]:

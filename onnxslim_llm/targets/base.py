@@ -39,7 +39,7 @@ class Target:
     lowering: str
     domains: tuple[str, ...]
     min_opset: int = 1
-    max_opset: int = 25
+    max_opset: int = 26  # what onnxruntime 1.31 opens
     weight_bits: tuple[int, ...] = ()
     session_config: Mapping[str, str] = field(default_factory=dict)
 

@@ -51,6 +51,10 @@ class BlockCall:
         """Return codes, scales and, unless symmetric, zero points in a layout."""
         return derive(self.job.with_layout(layout))
 
+    def stored_block(self, layout: BlockLayout) -> int:
+        """Return how many rows share a stored scale in a layout."""
+        return self.job.with_layout(layout).stored_block
+
 
 class Constants:
     """Makes the constants that take the place of the calls' codes, scales and zero points.
@@ -80,7 +84,8 @@ class Constants:
 
 def find_calls(model: Model) -> tuple[list[gs.Node], list[gs.Node]]:
     """Return the calls with recorded work, and those without (of a model that was saved half way)."""
-    recorded, opaque = [], []
+    recorded: list[gs.Node] = []
+    opaque: list[gs.Node] = []
     for _, node in calls(model, BLOCK_MATMUL, BLOCK_GATHER):
         (recorded if job_of(node) is not None else opaque).append(node)
     return recorded, opaque

@@ -99,7 +99,7 @@ class LowerOrtCpu(Pass):
 
     def _multiply(self, constants: Constants, op: Builder, call: BlockCall, context: Context) -> gs.Tensor:
         codes, _, *zeros = call.weights("nbits")
-        job, bits, block = call.job, call.job.scheme.bits, codes.job.stored_block
+        job, bits, block = call.job, call.job.scheme.bits, call.stored_block("nbits")
         if bits == 2 and block not in _FAST_2_BIT_BLOCKS:
             note = f"{job.where()}: there is no fast kernel for 2-bit blocks of {block}; use 32, 64 or 128"
             context.notes.append(note)
@@ -126,7 +126,7 @@ def _scales(constants: Constants, op: Builder, call: BlockCall) -> gs.Tensor:
 
 def _look_up(constants: Constants, op: Builder, call: BlockCall) -> gs.Tensor:
     codes, _, *zeros = call.weights("nbits")
-    job, n, block = call.job, call.job.columns, codes.job.stored_block
+    job, n, block = call.job, call.job.columns, call.stored_block("nbits")
     table = AliasWeight(codes, (n, codes.nbytes // n), TensorProto.UINT8)
     rows = op.call(
         _DOMAIN,

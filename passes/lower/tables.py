@@ -29,7 +29,7 @@ def gather_rows(constants: Constants, op: Builder, call: BlockCall) -> gs.Tensor
         block = job.scheme.block_rows(job.rows)
     else:
         weights = call.weights("nbits")
-        block = weights[0].job.stored_block
+        block = call.stored_block("nbits")
         signed = job.scheme.symmetric
         codes = _unpacked_row(constants, op, call, 0, weights[0], job.rows, signed)
         scales = op.Gather(constants.own(call, 1, weights[1]), indices)

@@ -149,8 +149,8 @@ class QuantizeJob(BlockJob):
         whole, rest = divmod(self.rows * bits, 8)
         wide[:, :whole] = codes[:, :whole]
         if rest:
-            low = (1 << rest) - 1
-            wide[:, whole] = (codes[:, whole] & low) | (wide[:, whole] & ~low & 0xFF)
+            low = np.uint8((1 << rest) - 1)
+            wide[:, whole] = (codes[:, whole] & low) | (wide[:, whole] & ~low)
         result = [wide, np.repeat(scales, blocks, axis=1)]
         if zeros is not None:
             result.append(np.repeat(filler, _bytes(blocks * bits), axis=1))

@@ -14,13 +14,14 @@ from onnx import TensorProto
 from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.jobs import derive
 from onnxslim_llm.ir.model import Model
+from onnxslim_llm.ir.opset import convert_opset
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.weights import Weight, constant
 from onnxslim_llm.passes.quantize.job import QuantizeJob
 from onnxslim_llm.passes.quantize.settings import ScaleType, Settings, check_scheme, check_scopes, compile_patterns
 from onnxslim_llm.passes.quantize.sites import Site, WeightGroup, find_groups
 from onnxslim_llm.rewrite.block_weights import BLOCK_GATHER, BLOCK_MATMUL, WeightScheme
-from onnxslim_llm.rewrite.concepts import replace_nodes
+from onnxslim_llm.rewrite.concepts import follow_opset, replace_nodes
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.edit import Builder, detach, remove_dead
 from onnxslim_llm.rewrite.engine import graph_output_ids
@@ -125,9 +126,8 @@ class QuantizeWeights(Pass):
             return change
         opset, ir_version = (max(needs) for needs in zip(*(_NEEDS[s.bits] for _, s in chosen), strict=True))
         if (model.opset() or 0) < opset:
-            from onnxslim_llm.ir.opset import convert_opset
-
             convert_opset(model, opset)
+            follow_opset(model)
             change = Change(detail={"converted_to_opset": opset})
             chosen = self._choose(model, change)
         model.graph.ir_version = max(model.graph.ir_version or 0, ir_version)

@@ -1,0 +1,58 @@
+"""What every lowering must do, as functions: saved, reopened, compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from block_models import Array, model_of, rounded, with_weight
+from onnx import numpy_helper
+
+from onnxslim_llm.ir.model import Model
+from onnxslim_llm.ir.save import save_model
+from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
+from onnxslim_llm.rewrite.context import Context
+from onnxslim_llm.rewrite.passes import Change, Pass
+from onnxslim_llm.targets import Target
+
+#: Float32 products of at most 256 terms in another order: 256 * 2^-24 each, three in a row, relative to the largest
+#: output.
+FLOAT_TOLERANCE = 3 * 256 * 2**-24
+#: float16 tables and products that are computed in float32: four roundings of the result to 11 bits.
+HALF_TOLERANCE = 4 * 2**-11
+
+
+def compile_to(
+    target: Target, lower: Pass, source: onnx.ModelProto, path: Path, **options: Any
+) -> tuple[Model, Change]:
+    """Quantize, lower and save; returns the model and what the lowering said."""
+    model = model_of(source)
+    context = Context(target=target)
+    QuantizeWeights(min_elements=0, **options).apply(model, context)
+    change = lower.apply(model, context)
+    lower.ensures(model, context)
+    save_model(model, path)
+    onnx.checker.check_model(str(path), full_check=True)
+    assert target.lint(model) == []
+    return model, change
+
+
+def expected_of(
+    source: onnx.ModelProto, tables: set[str], bits: dict[str, int], block: int, symmetric: bool
+) -> onnx.ModelProto:
+    """The source with each named weight replaced by its rounded value; tables are quantized along their rows."""
+    scale = {np.dtype(np.float16): "float16"}
+    for name, width in bits.items():
+        value = numpy_helper.to_array(next(t for t in source.graph.initializer if t.name == name))
+        near = rounded(value.T if name in tables else value, width, block, symmetric, scale.get(value.dtype, "float32"))
+        source = with_weight(source, name, near.T if name in tables else near)
+    return source
+
+
+def assert_close(actual: Array, expected: Array, tolerance: float) -> None:
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    difference = np.abs(actual.astype(np.float64) - expected).max()
+    assert difference <= tolerance * np.abs(expected.astype(np.float64)).max()
