@@ -145,6 +145,8 @@ class Staging:
         self._leave()
         if isinstance(error, OSError | MemoryError):
             raise as_resource_error(error, str(self.directory)) from error
+        if begun and isinstance(error, ResourceError) and "--resume" not in error.todo:
+            error.todo = "; ".join(filter(None, [error.todo, "the same command with --resume goes on"]))
 
     def _check_name(self) -> None:
         if not self.out.name:

@@ -110,7 +110,7 @@ def _layer_errors(report: SaveReport, roles: dict[str, str]) -> list[LayerError]
             bits=figures.get("bits"),
             relative_error=figures["relative_error"],
         )
-        for name, figures in sorted(report.weights.items())
+        for name, figures in report.weights.items()
         if "relative_error" in figures
     ]
 

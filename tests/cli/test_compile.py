@@ -50,7 +50,6 @@ def test_publishes_a_verified_artifact(cli: Run, decoder: Path, tmp_path: Path) 
     assert manifest.verify.gates
     assert not manifest.failed_gates
     assert manifest.artifact.bytes < 0.3 * manifest.source.bytes
-    assert {layer.role for layer in manifest.layers} >= {"attention", "ffn"}
 
 
 def test_json_is_the_manifest_and_nothing_else(cli: Run, decoder: Path, tmp_path: Path) -> None:
