@@ -14,7 +14,8 @@ from onnxslim_llm.runtime.session import Array, Dim, TensorInfo
 
 __all__ = ["index_bounds", "random_feeds", "sizes_of"]
 
-_BATCH_WORD = re.compile(r"batch|^[nb]$", re.IGNORECASE)
+_BATCH_WORD = re.compile(r"batch|^b$", re.IGNORECASE)
+_FIRST_BATCH_WORD = re.compile(r"^n$", re.IGNORECASE)  # in front it is a batch, elsewhere just a number
 _MASK_WORD = re.compile(r"mask", re.IGNORECASE)
 _POSITION_WORD = re.compile(r"position", re.IGNORECASE)
 _ZERO_WORD = re.compile(r"token_type|segment", re.IGNORECASE)
@@ -34,10 +35,11 @@ def sizes_of(inputs: Iterable[TensorInfo], *, batch: int, length: int) -> dict[s
     """
     sizes: dict[str, int] = {}
     for info in inputs:
-        for dim in info.shape or ():
+        for axis, dim in enumerate(info.shape or ()):
             for name in _terms(dim) if isinstance(dim, str) else ():
-                if not name.isdigit():
-                    sizes[name] = batch if _BATCH_WORD.search(name) else length
+                if not name.isdigit() and name not in sizes:
+                    is_batch = _BATCH_WORD.search(name) or (axis == 0 and _FIRST_BATCH_WORD.search(name))
+                    sizes[name] = batch if is_batch else length
     return sizes
 
 

@@ -89,10 +89,16 @@ class ErrorSums:
             max_abs=self._max_abs,
             max_rel=self._max_rel,
             sqnr_db=_sqnr(self._source, self._error),
-            cosine=min(1.0, self._dot / norms) if norms else float(self._source == self._other),
+            cosine=_cosine(self._dot, norms, self._error),
             absmax=self._absmax,
             count=self._count,
         )
+
+
+def _cosine(dot: float, norms: float, error: float) -> float:
+    if error == 0:
+        return 1.0
+    return min(1.0, dot / norms) if norms else 0.0
 
 
 def _sqnr(signal: float, noise: float) -> float:
