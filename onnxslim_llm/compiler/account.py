@@ -19,6 +19,7 @@ from onnxslim_llm.artifact.manifest import (
     LayerError,
     Manifest,
     PassEntry,
+    Quality,
     SkippedSite,
     Source,
     Tool,
@@ -123,6 +124,7 @@ def make_manifest(
     artifact_names: list[str],
     carried: list[str],
     verify: Verify | None,
+    quality: Quality | None,
     seconds: float,
 ) -> Manifest:
     """Return the manifest of the artifact in `directory`.
@@ -134,6 +136,7 @@ def make_manifest(
         artifact_names: Files of the model, relative to `directory`.
         carried: Files that were carried along.
         verify: Result of the verification, if there was one.
+        quality: Figures on a text, if there was one.
         seconds: Time of the whole compile.
     """
     before, after, saved, recipe = account.before, account.after, account.saved, account.recipe
@@ -171,6 +174,7 @@ def make_manifest(
         passes=[_pass_entry(record) for record in account.passes],
         layers=account.layers,
         verify=verify,
+        quality=quality,
         cost=Cost(
             seconds=seconds,
             peak_rss_bytes=peak_rss_bytes(),

@@ -117,6 +117,7 @@ def compile(  # noqa: A001
         passes = [*chosen.build(), *Pipeline(goal.lowering).passes]
         job = _Job(passes, goal, staging, account, progress, judge, memory_limit)
         verified = job.run(model)
+        quality = judge.measure(staging.directory / MODEL_NAME)
         carried, notes = carry_side_files(path.parent, staging.directory, only_known=not folder)
         account.notes += [*notes, *judge.notes]
         progress.stage("report")
@@ -127,6 +128,7 @@ def compile(  # noqa: A001
             artifact_names=job.report_names,
             carried=carried,
             verify=verified,
+            quality=quality,
             seconds=time.perf_counter() - start,
         )
         if manifest.failed_gates:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxslim_llm.artifact.manifest import Gate as GateEntry
-from onnxslim_llm.artifact.manifest import Verify
+from onnxslim_llm.artifact.manifest import Quality, Verify
 from onnxslim_llm.compiler.progress import Progress
 from onnxslim_llm.errors import ModelError, SlimError, UsageError
 from onnxslim_llm.ir.model import Model, open_model
@@ -14,6 +14,7 @@ from onnxslim_llm.recipe import Recipe
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.passes import Pass
 from onnxslim_llm.rewrite.pipeline import Gate, Pipeline
+from onnxslim_llm.runtime.tokenizer import load_tokenizer
 from onnxslim_llm.targets import Target
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ __all__ = ["Judge"]
 
 #: Models whose weights fit into one proto with room to spare are run in memory between passes; larger ones are not.
 IN_MEMORY_BYTES = 1 << 30
+
+#: Tokens of the calibration text that quality is measured on.
+QUALITY_TOKENS = {"fast": 4096, "full": 65_536}
 
 _ARRAY_SUFFIXES = (".npz", ".npy")
 
@@ -82,6 +86,37 @@ class Judge:
             )
         result = verifier.check(session, self._recipe.gates, progress=self._advance)
         return _entry(result, self._level)
+
+    def measure(self, artifact: Path) -> Quality | None:
+        """Measure perplexity and divergence on the calibration text; None if verification is off or there is no text.
+
+        Raises:
+            ModelError: One of the models gives logits that are not finite, or the tokenizer does not fit.
+        """
+        texts = self._texts()
+        if self._level == "off" or not texts or self._open().plan.kind != "decoder":
+            return None
+        from onnxslim_llm.verify.quality import evaluate
+
+        self._progress.stage("quality", None, "tokens")
+        found = evaluate(
+            self._target.open(artifact, threads=self._threads),
+            texts[0],
+            load_tokenizer(self._source.parent),
+            versus=self._open().session,
+            max_tokens=QUALITY_TOKENS[self._level],
+            progress=self._advance,
+        )
+        difference = found.difference
+        assert difference is not None, "a source was given"
+        return Quality(
+            tokens=found.tokens,
+            ppl_source=difference.ppl_source,
+            ppl_artifact=found.ppl,
+            kld_mean=difference.kld_mean,
+            kld_p99=difference.kld_p99,
+            top1_agreement=difference.top1_agreement,
+        )
 
     def find_guilty(self, passes: list[Pass]) -> Pass | None:
         """Return the first pass after which the model misses the gates, by bisection; None if there is none."""
@@ -146,24 +181,30 @@ class Judge:
         return self._verifier
 
     def _inputs(self) -> tuple[list[int] | None, Path | None]:
+        """Return tokens of the calibration text, or where the arrays are."""
+        texts = self._texts()
+        if not texts:
+            return None, self._calib
+        try:
+            text = "\n".join(file.read_text(encoding="utf-8") for file in texts)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"the calibration text cannot be read: {error}", where=str(self._calib)) from error
+        return load_tokenizer(self._source.parent).encode(text), None
+
+    def _texts(self) -> list[Path]:
+        """Return the calibration's text files; none if there is no calibration, or if it consists of arrays."""
         calib = self._calib
         if calib is None:
-            return None, None
+            return []
         if not calib.exists():
             raise UsageError("there is no such calibration file", where=str(calib), todo="check the path after --calib")
-        is_arrays = calib.suffix in _ARRAY_SUFFIXES or (calib.is_dir() and any(calib.glob("*.np[yz]")))
-        if is_arrays:
-            return None, calib
-        from onnxslim_llm.runtime.tokenizer import load_tokenizer
-
-        files = sorted(calib.glob("*.txt")) if calib.is_dir() else [calib]
-        if not files:
+        files = sorted(calib.iterdir()) if calib.is_dir() else [calib]
+        if any(file.suffix in _ARRAY_SUFFIXES for file in files):
+            return []
+        texts = [file for file in files if file.suffix == ".txt"] if calib.is_dir() else files
+        if not texts:
             raise UsageError("the folder has neither .npz, .npy nor .txt files", where=str(calib))
-        try:
-            text = "\n".join(f.read_text(encoding="utf-8") for f in files)
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"the calibration text cannot be read: {error}", where=str(calib)) from error
-        return load_tokenizer(self._source.parent).encode(text), None
+        return texts
 
     def _advance(self, done: int, total: int) -> None:
         self._progress.advance(done)
