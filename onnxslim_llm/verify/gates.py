@@ -8,10 +8,12 @@ Where the numbers come from:
   together (float16 against float32 with the same weights, 2, 6 and 24 layers) move logits by up to 2.5 u of the largest
   logit; 8 u leaves a factor of 3 for models with outliers. The mean KL that goes with it was 4e-6.
 - int8: mean KL 0.0014 is published for 8-bit blocks on an 8 B model; small models measured here stay below 0.0021.
-- int4: plain round-to-nearest in blocks of 32 has a mean KL of 0.07 on an 8 B model, 0.03-0.13 on trained models of
-  0.3-1 M parameters and 0.12-0.28 on random ones, where no weight is redundant. 2 bits give 0.5-4.6 there. The limits
-  lie between: they tell an artifact that works from a broken one. Whether it is good enough for a use, `eval` on text
-  tells; a recipe may set tighter gates.
+- int4: plain round-to-nearest in blocks of 32 has a mean KL of 0.07 on an 8 B model, 0.02-0.13 on trained models of
+  0.3-5 M parameters and 0.12-0.28 on random ones, where no weight is redundant. One layer with its sign, its nibbles or
+  its zero points wrong gives 2.2-4.6 on the trained 5 M model, where 3 bits give 0.08-0.16 and 2 bits 0.7-1.1. The
+  limits lie between: they tell an artifact that works from a broken one. Whether it is good enough for a use, `eval` on
+  text tells; a recipe may set tighter gates.
+- int3, int2: the power of the error grows fourfold with every bit that is dropped; beyond 2 nats nothing is left.
 - Other models than decoders have no distribution to compare: the signal-to-noise ratio of all outputs together, 6 dB
   a bit as quantization theory has it, from 30 dB at 8 bits on.
 """
@@ -44,7 +46,8 @@ _UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 _KL_INT8 = 3e-3
 _KL_INT4 = ((3e9, 0.10), (1e8, 0.20), (0, 0.35))  # (parameters from, limit): large models have more to spare
-_KL_FACTOR = {"int3": 4.0, "int2": 16.0}  # the error's power grows fourfold with every bit that is dropped
+_KL_FACTOR = {"int3": 4.0, "int2": 16.0}
+_KL_MOST = 2.0
 
 _SQNR = {"int8": 30.0, "int4": 10.0, "int3": 4.0, "int2": 0.0}
 
@@ -112,7 +115,7 @@ def default_gates(
             gates.append(Gate("kl_mean", _KL_HALF))
     elif kind != "none" and decoder:
         int4 = next(limit for start, limit in _KL_INT4 if parameters >= start)
-        gates.append(Gate("kl_mean", _KL_INT8 if kind == "int8" else int4 * _KL_FACTOR.get(kind, 1.0)))
+        gates.append(Gate("kl_mean", _KL_INT8 if kind == "int8" else min(_KL_MOST, int4 * _KL_FACTOR.get(kind, 1.0))))
     elif kind != "none":
         gates.append(Gate("sqnr_db", _SQNR[kind], "min"))
     return tuple(gates)

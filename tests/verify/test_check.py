@@ -47,7 +47,7 @@ def test_the_same_model_passes_every_kind(decoder: onnx.ModelProto, verifier: Ve
 
 
 @pytest.mark.parametrize(
-    ("bits", "passes", "fails"), [(8, "int8", "lossless"), (4, "int4", "int8"), (2, "int2", "int4")]
+    ("bits", "passes", "fails"), [(8, "int8", "lossless"), (4, "int4", "int8"), (3, "int3", "int4")]
 )
 def test_rounding_passes_its_own_gate_and_not_the_next_stricter_one(
     decoder: onnx.ModelProto, verifier: Verifier, bits: int, passes: str, fails: str
