@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
-import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import defs, version_converter
@@ -18,19 +17,30 @@ from onnx import defs, version_converter
 from onnxslim_llm.errors import ModelError, UsageError
 from onnxslim_llm.ir.model import Model, from_proto
 from onnxslim_llm.ir.shapes import infer_shapes
+from onnxslim_llm.ir.walk import with_subgraphs
 from onnxslim_llm.ir.weights import constant, weight_of
 
 __all__ = ["convert_opset"]
 
+_KINDS = defs.OpSchema.AttrType
+_ANY_VALUE = {_KINDS.INT: 1, _KINDS.FLOAT: 1.0, _KINDS.INTS: [1], _KINDS.FLOATS: [1.0], _KINDS.STRING: ""}
 #: Constants up to this many elements are shown to the converter: axes, shapes and the like decide what it does.
 _SHOWN_ELEMENTS = 1024
 _STANDARD = (None, "", "ai.onnx")
+_TODO = "export the model with the newer opset"
+
+#: What the converter hands on unchanged though its meaning changed: (operator, last old opset, what changed).
+_WRONG = (
+    ("Upsample", 9, "Resize places its samples differently by default"),
+    ("Resize", 10, "it places its samples differently by default"),
+    ("GroupNormalization", 20, "scale and bias are given per channel, no longer per group"),
+)
 
 
 def convert_opset(model: Model, version: int) -> list[str]:
-    """Convert the top graph and its subgraphs to a newer version of ai.onnx, in place.
+    """Convert the top graph, its subgraphs and the model-local functions to a newer version of ai.onnx, in place.
 
-    Model-local functions import their own opset and stay as they are.
+    (ONNX Runtime reads a function's body with the model's opset, whatever the function imports.)
 
     Args:
         model: Its import of ai.onnx is raised to `version`; without one, it is added.
@@ -50,24 +60,88 @@ def convert_opset(model: Model, version: int) -> list[str]:
     if version < old:
         raise UsageError(f"the model has opset {old}: it cannot be converted down to {version}")
     changed: list[str] = []
-    touched = [n for g in model.graphs() for n in g.nodes if _needs_conversion(n, old, version)]
-    if touched:
+    if any(_needs_conversion(node, old, version) for graph in model.graphs() for node in graph.nodes):
         infer_shapes(model)  # some conversions depend on ranks and types
-    wanted = {id(node) for node in touched}
+    converter = _Converter(model, old, version)
     for graph in list(model.graphs()):
-        nodes: list[gs.Node] = []
-        for node in graph.nodes:
-            replacement = _convert(model, node, old, version) if id(node) in wanted else None
-            nodes.extend(replacement or [node])
-            if replacement:
-                changed.append(node.name or replacement[-1].outputs[0].name)
-        graph.nodes[:] = nodes
+        changed += converter.convert(graph)
     model.set_opset("", version)
+    for function in model.functions:
+        theirs = int(function.opset)
+        if not any(normal_domain(item.domain) == "" for item in function.import_domains or []) or theirs >= version:
+            continue
+        converter = _Converter(model, theirs, version)
+        for graph in list(with_subgraphs(function)):
+            changed += converter.convert(graph)
+            graph.opset = version
+        for item in function.import_domains:
+            if normal_domain(item.domain) == "":
+                item.version = version
     return changed
 
 
+def normal_domain(domain: str | None) -> str:
+    """Return the domain with all spellings of the standard one (None, "", "ai.onnx") as ""."""
+    return "" if domain in _STANDARD else str(domain)
+
+
+class _Converter:
+    """Converts nodes between two opsets; remembers which ones come back as they were."""
+
+    def __init__(self, model: Model, old: int, new: int) -> None:
+        self._model, self._old, self._new = model, old, new
+        self._unchanged: set[bytes] = set()
+
+    def convert(self, graph: gs.Graph) -> list[str]:
+        """Convert the nodes of one graph in place; return the names of those that others took the place of."""
+        changed: list[str] = []
+        nodes: list[gs.Node] = []
+        for node in graph.nodes:
+            wanted = _needs_conversion(node, self._old, self._new)
+            name = node.name or node.outputs[0].name
+            replacement = self._convert(node) if wanted else None
+            nodes.extend(replacement or [node])
+            if replacement:
+                changed.append(name)
+        graph.nodes[:] = nodes
+        return changed
+
+    def _convert(self, node: gs.Node) -> list[gs.Node] | None:
+        """Return the nodes that take the place of `node`, already connected; None if it can stay as it is."""
+        old, new, where = self._old, self._new, f"node '{node.name or node.outputs[0].name}'"
+        for op, last, what in _WRONG:
+            if node.op == op and old <= last < new:
+                raise ModelError(
+                    f"{op} cannot be converted from opset {old} to {new}: onnx's converter overlooks that {what}",
+                    where=where,
+                    todo=_TODO,
+                )
+        alone, inputs = _isolate(node, old)
+        before = alone.to_proto("inline")
+        key = before.SerializeToString(deterministic=True)
+        if key in self._unchanged:
+            return None
+        try:
+            after = version_converter.convert_version(before, new)
+        except Exception as error:  # the converter is C++ and raises what it likes
+            reason = str(error).strip().splitlines()[-1][:200]
+            raise ModelError(
+                f"{node.op} cannot be converted from opset {old} to {new}: {reason}", where=where, todo=_TODO
+            ) from error
+        if _same(before.graph, after.graph):
+            self._unchanged.add(key)
+            return None
+        if any(isinstance(value, gs.Node.AttributeRef) for value in node.attrs.values()):
+            raise ModelError(
+                f"{node.op} cannot be converted from opset {old} to {new} where a function sets its attributes",
+                where=where,
+                todo="inline the function first (inline_functions)",
+            )
+        return _splice(self._model, node, from_proto(after).graph, inputs)
+
+
 def _needs_conversion(node: gs.Node, old: int, new: int) -> bool:
-    if node.domain not in _STANDARD or not _changed(node.op, old, new):
+    if node.domain not in _STANDARD or node.op == "Constant" or not _changed(node.op, old, new):
         return False
     # Of the control flow operators only the accepted types changed; their bodies are graphs of their own.
     return not any(isinstance(value, gs.Graph) for value in node.attrs.values())
@@ -79,49 +153,6 @@ def _changed(op: str, old: int, new: int) -> bool:
         return bool(defs.get_schema(op, old, "").since_version != defs.get_schema(op, new, "").since_version)
     except defs.SchemaError:  # removed, or never a standard operator: the converter will say
         return defs.has(op)
-
-
-def _convert(model: Model, node: gs.Node, old: int, new: int) -> list[gs.Node] | None:
-    """Return the nodes that take the place of `node`, already connected; None if it can stay as it is."""
-    if not _changes(_probe(node, old), new):
-        return None
-    alone, inputs = _isolate(node, old)
-    before = alone.to_proto("inline")
-    try:
-        after = version_converter.convert_version(before, new)
-    except Exception as error:  # the converter is C++ and raises what it likes
-        reason = str(error).strip().splitlines()[-1][:200]
-        raise ModelError(
-            f"{node.op} cannot be converted from opset {old} to {new}: {reason}",
-            where=f"node '{node.name or node.outputs[0].name}'",
-            todo="export the model with the newer opset",
-        ) from error
-    if _same(before.graph, after.graph):
-        return None
-    return _splice(model, node, from_proto(after).graph, inputs)
-
-
-def _probe(node: gs.Node, opset: int) -> bytes:
-    """Return the node as a model that is the same for all nodes of its kind: no names, types, shapes and values."""
-    names = [gs.Variable("" if t.is_empty() else f"input_{i}") for i, t in enumerate(node.inputs)]
-    outputs = [gs.Variable("" if t.is_empty() else f"output_{i}") for i, t in enumerate(node.outputs)]
-    imports = [onnx.OperatorSetIdProto(domain="", version=opset)]
-    kind = gs.Node(node.op, "", dict(node.attrs), names, outputs)
-    given, made = ([t for t in side if not t.is_empty()] for side in (names, outputs))
-    for tensor in (*given, *made):
-        tensor.dtype = np.dtype(np.float32)
-    model = Model(gs.Graph([kind], given, made, opset=opset, import_domains=imports))
-    return model.to_proto("inline").SerializeToString(deterministic=True)
-
-
-@lru_cache(maxsize=1024)
-def _changes(probe: bytes, new: int) -> bool:
-    """Return whether conversion may change such a node: where it depends on values or shapes, it may."""
-    before = onnx.ModelProto.FromString(probe)
-    try:
-        return not _same(before.graph, version_converter.convert_version(before, new).graph)
-    except Exception:
-        return True
 
 
 def _isolate(node: gs.Node, opset: int) -> tuple[Model, dict[str, gs.Tensor]]:
@@ -143,7 +174,8 @@ def _isolate(node: gs.Node, opset: int) -> tuple[Model, dict[str, gs.Tensor]]:
         gs.Variable.empty() if t.is_empty() else gs.Variable(f"output_{i}", t.dtype, t.shape)
         for i, t in enumerate(node.outputs)
     ]
-    copy = gs.Node(node.op, node.name, dict(node.attrs), inputs, outputs)
+    attributes = {name: _placeholder(node.op, name, value, opset) for name, value in node.attrs.items()}
+    copy = gs.Node(node.op, "", {k: v for k, v in attributes.items() if v is not None}, inputs, outputs)
     given = [tensor for tensor in names.values() if isinstance(tensor, gs.Variable)]
     graph = gs.Graph(
         [copy],
@@ -153,6 +185,15 @@ def _isolate(node: gs.Node, opset: int) -> tuple[Model, dict[str, gs.Tensor]]:
         import_domains=[onnx.OperatorSetIdProto(domain="", version=opset)],
     )
     return Model(graph), originals
+
+
+def _placeholder(op: str, name: str, value: object, opset: int) -> object:
+    """Return an attribute's value; a reference to an attribute of the function becomes any value of its type."""
+    if not isinstance(value, gs.Node.AttributeRef):
+        return value
+    schema = defs.get_schema(op, opset, "")
+    kind = schema.attributes[name].type if name in schema.attributes else None
+    return None if kind is None else _ANY_VALUE.get(kind)
 
 
 def _shown(name: str, tensor: gs.Tensor) -> gs.Tensor:

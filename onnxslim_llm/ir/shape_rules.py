@@ -14,12 +14,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxslim_llm.ir.dims import Dim, divide, is_nonnegative, product
+from onnxslim_llm.ir.dims import Dim, is_nonnegative, product
+from onnxslim_llm.ir.sizes import broadcast, meet, quotient, slice_size
 
-__all__ = ["SHAPE_RULES", "NodeView", "Shape", "broadcast", "slice_size"]
-
-#: Slice ends from here on mean "to the end"; exporters write INT32_MAX or INT64_MAX.
-_TO_THE_END = 2**31 - 1
+__all__ = ["SHAPE_RULES", "NodeView", "Shape"]
 
 Shape = tuple[Dim | None, ...] | None
 Value = NDArray[Any] | None
@@ -57,59 +55,6 @@ class NodeView:
         if value is None or not all(isinstance(v, int) for v in value.reshape(-1)):
             return None
         return [int(v) for v in value.reshape(-1)]
-
-
-def broadcast(*shapes: tuple[Dim, ...] | None) -> Shape:
-    """Return the shape that numpy broadcasting gives; two different symbols meet in an unknown size."""
-    if any(s is None for s in shapes):
-        return None
-    known = [s for s in shapes if s is not None]
-    rank = max((len(s) for s in known), default=0)
-    result: list[Dim | None] = []
-    for axis in range(-rank, 0):
-        size: Dim | None = 1
-        for shape in known:
-            dim = shape[axis] if -axis <= len(shape) else 1
-            size = _meet(size, dim)
-        result.append(size)
-    return tuple(result)
-
-
-def _meet(a: Dim | None, b: Dim) -> Dim | None:
-    if a is None:
-        return b if isinstance(b, int) and b != 1 else None
-    if a == b or b == 1:
-        return a
-    if a == 1:
-        return b
-    if isinstance(a, int):
-        return a
-    return b if isinstance(b, int) else None
-
-
-def slice_size(size: Dim, start: Any, end: Any, step: Any) -> Dim | None:
-    """Return the size of an axis after Slice, or None if it is not known."""
-    if isinstance(size, int) and all(isinstance(v, int) for v in (start, end, step)):
-        return len(range(*slice(start, end, step).indices(size))) if step else None
-    if not isinstance(step, int) or step < 1 or start is None or end is None:
-        return None
-    first = _bound(start, size)
-    last = size if isinstance(end, int) and end >= _TO_THE_END else _bound(end, size)
-    if first is None or last is None or not is_nonnegative(last - first):
-        return None
-    if step == 1:
-        return last - first
-    if not isinstance(start, int) or not 0 <= start < step or last != size:
-        return None
-    parts = divide(size, step)
-    return parts if parts is not None and parts * step == size else None
-
-
-def _bound(position: Any, size: Dim) -> Dim | None:
-    """Return a slice bound counted from the start, if it surely lies within [0, size]."""
-    if isinstance(position, int) and position < 0:
-        position = size + position
-    return position if is_nonnegative(position) and is_nonnegative(size - position) else None
 
 
 def _axis(axis: int, rank: int) -> int:
@@ -184,19 +129,8 @@ def _reshape(v: NodeView) -> list[Shape]:
             dims.append(None if size is None or size == -1 else size)
     rest = [d for i, d in enumerate(dims) if not (isinstance(target[i], int) and target[i] == -1)]
     if shape is not None and len(rest) == len(dims) - 1 and None not in rest:
-        dims = [_quotient(shape, [r for r in rest if r is not None]) if d is None else d for d in dims]
+        dims = [quotient(shape, [r for r in rest if r is not None]) if d is None else d for d in dims]
     return [tuple(dims)]
-
-
-def _quotient(whole: Sequence[Dim], parts: Sequence[Dim]) -> Dim | None:
-    """Return what -1 in a Reshape stands for: the product of `whole` over that of `parts`."""
-    above, below = list(whole), list(parts)
-    for part in parts:
-        if part in above:
-            above.remove(part)
-            below.remove(part)
-    quotient = divide(product(above), product(below))
-    return quotient if quotient is not None and quotient * product(below) == product(above) else None
 
 
 def _concat(v: NodeView) -> list[Shape]:
@@ -218,6 +152,9 @@ def _slice(v: NodeView) -> list[Shape]:
     if shape is None:
         return [None]
     dims: list[Dim | None] = list(shape)
+    starts: list[Any]
+    ends: list[Any]
+    steps: Sequence[int | None]
     if "starts" in v.node.attrs:
         starts, ends = list(v.attr("starts")), list(v.attr("ends"))
         axes, steps = list(v.attr("axes", range(len(starts)))), [1] * len(starts)
@@ -226,11 +163,11 @@ def _slice(v: NodeView) -> list[Shape]:
         given_axes, given_steps = v.ints("axes", 3), v.ints("steps", 4)
         if (given_axes is None and v.has(3)) or (first is None and given_axes is None):
             return [(None,) * len(shape)]
-        count = len(given_axes) if given_axes is not None else len(first.reshape(-1)) if first is not None else 0
+        count = first.size if first is not None else len(given_axes or ())
         starts = list(first.reshape(-1)) if first is not None else [None] * count
         ends = list(last.reshape(-1)) if last is not None else [None] * count
         axes = given_axes if given_axes is not None else list(range(count))
-        steps = given_steps if given_steps is not None else [None if v.has(4) else 1] * count
+        steps = [None if v.has(4) else 1] * count if given_steps is None else given_steps
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         place = _axis(axis, len(shape))
         dims[place] = slice_size(shape[place], start, end, step)
@@ -256,7 +193,7 @@ def _split(v: NodeView) -> list[Shape]:
         sizes = list(given)
     elif given is None and not v.has(1) and isinstance(shape[axis], int):
         size = shape[axis]
-        assert isinstance(size, int)
+        assert isinstance(size, int)  # for the type checker
         part = -(-size // count)
         sizes = [min(part, max(0, size - i * part)) for i in range(count)]
     return [(*shape[:axis], size, *shape[axis + 1 :]) for size in sizes]
@@ -274,7 +211,7 @@ def _expand(v: NodeView) -> list[Shape]:
         if want is None:
             dims.append(dim if isinstance(dim, int) and dim != 1 else None)
         else:
-            dims.append(_meet(dim, want))
+            dims.append(meet(dim, want))
     return [tuple(dims)]
 
 
@@ -349,16 +286,16 @@ def _table(rule: Callable[[NodeView], list[Shape]], ops: str) -> dict[str, Calla
 SHAPE_RULES: dict[str, Callable[[NodeView], list[Shape]]] = {
     **_table(
         _same,
-        "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast CastLike Ceil Celu Clip Cos Cosh CumSum DequantizeLinear "
-        "Dropout Elu Erf Exp Floor Gelu HardSigmoid HardSwish Hardmax Identity IsInf IsNaN LayerNormalization LeakyRelu "
-        "Log LogSoftmax LpNormalization Mish Neg Not QuantizeLinear RMSNormalization Reciprocal Relu RotaryEmbedding "
-        "Round ScatterElements ScatterND Selu Sigmoid Sign Sin Sinh Softmax Softplus Softsign Sqrt Swish Tan Tanh "
-        "ThresholdedRelu Trilu",
+        "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast CastLike Ceil Celu Clip Cos Cosh CumSum Dropout "
+        "DequantizeLinear Elu Erf Exp Floor Gelu HardSigmoid HardSwish Hardmax Identity IsInf IsNaN LeakyRelu Log "
+        "LayerNormalization LogSoftmax LpNormalization Mish Neg Not QuantizeLinear RMSNormalization Reciprocal Relu "
+        "RotaryEmbedding Round ScatterElements ScatterND Selu Sigmoid Sign Sin Sinh Softmax Softplus Softsign Sqrt "
+        "Swish Tan Tanh ThresholdedRelu Trilu",
     ),
     **_table(
         _elementwise,
-        "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min "
-        "Mod Mul Or PRelu Pow Sub Sum Where Xor",
+        "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean "
+        "Min Mod Mul Or PRelu Pow Sub Sum Where Xor",
     ),
     **_table(_reduce, "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd"),
     **_table(_reduce, "ReduceSum ReduceSumSquare"),

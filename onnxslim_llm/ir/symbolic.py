@@ -126,7 +126,10 @@ class SymbolicValues:
                     self._remember(tensor, self._declared(tensor, names=False), None)
                 self._walk(body, {id(t) for t in body.outputs}, top=False)
             view = NodeView(node, self.shape_of, self.value_of)
-            shapes, values = self._infer(view)
+            try:
+                shapes, values = self._infer(view)
+            except (ArithmeticError, IndexError, KeyError, TypeError, ValueError):
+                shapes, values = [], []  # axes or shapes that do not fit: the node cannot run, and says nothing
             for i, tensor in enumerate(node.outputs):
                 if tensor.is_empty():
                     continue

@@ -12,28 +12,16 @@ from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from numpy.typing import NDArray
 from onnx import TensorProto
 
 from onnxslim_llm.ir import dtypes
-from onnxslim_llm.ir.dims import Dim, Expr, divide, is_nonnegative, is_positive, product
+from onnxslim_llm.ir.dims import Dim, Expr, is_positive, product
 from onnxslim_llm.ir.shape_rules import NodeView
+from onnxslim_llm.ir.value_arithmetic import ARITHMETIC, Rule, Value, elementwise, object_array
 
 __all__ = ["VALUE_RULES"]
 
-Value = NDArray[Any] | None
-Rule = Callable[[NodeView], "Value | list[Value]"]
-
 _INTEGERS = frozenset([TensorProto.INT64, TensorProto.INT32])
-#: Largest value that a chain of shape arithmetic is followed to: beyond it, int64 would wrap around.
-_LARGEST = 2**63 - 1
-
-
-def _array(items: Any, shape: tuple[int, ...]) -> NDArray[Any]:
-    # np.array would take apart, or try to, whatever looks like a sequence.
-    result = np.empty(len(items), object)
-    result[:] = items
-    return result.reshape(shape)
 
 
 def _ints(value: Value) -> list[int] | None:
@@ -47,12 +35,12 @@ def _shape(v: NodeView) -> Value:
     if shape is None:
         return None
     kept = shape[slice(v.attr("start", 0), v.attr("end"))]
-    return _array(list(kept), (len(kept),))
+    return object_array(list(kept), (len(kept),))
 
 
 def _size(v: NodeView) -> Value:
     shape = v.shape()
-    return None if shape is None else _array([product(shape)], ())
+    return None if shape is None else object_array([product(shape)], ())
 
 
 def _gather(v: NodeView) -> Value:
@@ -107,7 +95,7 @@ def _concat(v: NodeView) -> Value:
 def _blank(shape: tuple[Dim, ...] | None) -> Value:
     if shape is None or len(shape) != 1 or not isinstance(shape[0], int):
         return None
-    return _array([None] * shape[0], (shape[0],))
+    return object_array([None] * shape[0], (shape[0],))
 
 
 def _reshape(v: NodeView) -> Value:
@@ -141,9 +129,9 @@ def _cast(v: NodeView) -> Value:
     if number in _INTEGERS:
         if any(isinstance(item, int) and not _fits(int(item), number) for item in data.reshape(-1)):
             return None
-        return _elementwise(lambda a: int(a) if isinstance(a, bool) else a, data)
+        return elementwise(lambda a: int(a) if isinstance(a, bool) else a, data)
     if number == TensorProto.BOOL:
-        return _elementwise(_truth, data)
+        return elementwise(_truth, data)
     return None
 
 
@@ -181,7 +169,7 @@ def _constant_of_shape(v: NodeView) -> Value:
     if target is None or fill is None or math.prod(target) > _LIMIT:
         return None  # without the attribute the result is float
     filler = v.value_of(fill)
-    return None if filler is None else _array([filler.reshape(-1)[0]] * math.prod(target), tuple(target))
+    return None if filler is None else object_array([filler.reshape(-1)[0]] * math.prod(target), tuple(target))
 
 
 _LIMIT = 4096
@@ -192,9 +180,9 @@ def _constant(v: NodeView) -> Value:
         if name == "value" and isinstance(content, gs.Constant):
             return v.value_of(content)
         if name == "value_int":
-            return _array([content], ())
+            return object_array([content], ())
         if name == "value_ints":
-            return _array(list(content), (len(content),))
+            return object_array(list(content), (len(content),))
     return None
 
 
@@ -206,7 +194,7 @@ def _range(v: NodeView) -> Value:
     if step == 0 or len(range(first, limit, step)) > _LIMIT:
         return None
     items = list(range(first, limit, step))
-    return _array(items, (len(items),))
+    return object_array(items, (len(items),))
 
 
 def _where(v: NodeView) -> Value:
@@ -219,7 +207,7 @@ def _where(v: NodeView) -> Value:
             return a if a == b else None
         return a if c else b
 
-    return _elementwise(choose, condition, yes, no)
+    return elementwise(choose, condition, yes, no)
 
 
 def _reduce(combine: Callable[[Any, Any], Any], start: int) -> Rule:
@@ -232,107 +220,20 @@ def _reduce(combine: Callable[[Any, Any], Any], start: int) -> Rule:
         total: Any = start
         for item in data:
             total = None if total is None or item is None else combine(total, item)
-        return _array([total], (1,) if v.attr("keepdims", 1) else ())
+        return object_array([total], (1,) if v.attr("keepdims", 1) else ())
 
     return rule
-
-
-def _elementwise(function: Callable[..., Any], *values: NDArray[Any]) -> NDArray[Any]:
-    shape = np.broadcast_shapes(*(value.shape for value in values))
-    wide = [np.broadcast_to(value, shape).reshape(-1) for value in values]
-    return _array([function(*items) for items in zip(*wide, strict=True)], shape)
-
-
-def _operator(function: Callable[..., Any]) -> Rule:
-    def guarded(*items: Any) -> Any:
-        if any(item is None for item in items):
-            return None
-        result = function(*items)
-        return None if isinstance(result, int) and abs(result) > _LARGEST else result
-
-    def rule(v: NodeView) -> Value:
-        values = [v.value(i) for i in range(len(v.node.inputs))]
-        known = [value for value in values if value is not None]
-        return _elementwise(guarded, *known) if known and len(known) == len(values) else None
-
-    return rule
-
-
-def _variadic(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    def fold(*items: Any) -> Any:
-        total = items[0]
-        for item in items[1:]:
-            total = None if total is None else function(total, item)
-        return total
-
-    return fold
-
-
-def _div(a: Dim, b: Dim) -> Dim | None:
-    if isinstance(a, int) and isinstance(b, int):
-        if b == 0:
-            return None
-        return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)  # ONNX truncates
-    return divide(a, b) if is_nonnegative(a) and is_nonnegative(b) else None
-
-
-def _mod(a: Dim, b: Dim) -> Dim | None:
-    return a % b if isinstance(a, int) and isinstance(b, int) and b else None
-
-
-def _max(a: Dim, b: Dim) -> Dim | None:
-    if is_nonnegative(a - b):
-        return a
-    return b if is_nonnegative(b - a) else None
-
-
-def _min(a: Dim, b: Dim) -> Dim | None:
-    if is_nonnegative(a - b):
-        return b
-    return a if is_nonnegative(b - a) else None
-
-
-def _equal(a: Dim, b: Dim) -> bool | None:
-    if a == b:
-        return True
-    return False if is_positive(a - b) or is_positive(b - a) else None
-
-
-def _less(a: Dim, b: Dim) -> bool | None:
-    if is_positive(b - a):
-        return True
-    return False if is_nonnegative(a - b) else None
-
-
-def _less_or_equal(a: Dim, b: Dim) -> bool | None:
-    greater = _less(b, a)
-    return None if greater is None else not greater
 
 
 VALUE_RULES: dict[str, Rule] = {
-    "Abs": _operator(lambda a: a if is_nonnegative(a) else -a if is_nonnegative(-a) else None),
-    "Add": _operator(lambda a, b: a + b),
-    "And": _operator(lambda a, b: a and b),
+    **ARITHMETIC,
     "Cast": _cast,
     "Concat": _concat,
     "Constant": _constant,
     "ConstantOfShape": _constant_of_shape,
-    "Div": _operator(_div),
-    "Equal": _operator(_equal),
     "Expand": _expand,
     "Gather": _gather,
-    "Greater": _operator(lambda a, b: _less(b, a)),
-    "GreaterOrEqual": _operator(lambda a, b: _less_or_equal(b, a)),
     "Identity": _identity,
-    "Less": _operator(_less),
-    "LessOrEqual": _operator(_less_or_equal),
-    "Max": _operator(_variadic(_max)),
-    "Min": _operator(_variadic(_min)),
-    "Mod": _operator(_mod),
-    "Mul": _operator(lambda a, b: a * b),
-    "Neg": _operator(lambda a: -a),
-    "Not": _operator(lambda a: not a),
-    "Or": _operator(lambda a, b: a or b),
     "Range": _range,
     "ReduceProd": _reduce(lambda a, b: a * b, 1),
     "ReduceSum": _reduce(lambda a, b: a + b, 0),
@@ -342,7 +243,6 @@ VALUE_RULES: dict[str, Rule] = {
     "Slice": _slice,
     "Split": _split,
     "Squeeze": _squeeze,
-    "Sub": _operator(lambda a, b: a - b),
     "Unsqueeze": _unsqueeze,
     "Where": _where,
 }

@@ -26,8 +26,11 @@ __all__ = ["EliminateCommonSubexpressions"]
 
 #: Nodes that do not give the same result twice, and quantization: runtimes fuse a DequantizeLinear only with one user.
 _LEFT_ALONE = frozenset(
-    "Bernoulli Dropout DequantizeLinear DynamicQuantizeLinear Multinomial QuantizeLinear RandomNormal RandomNormalLike "
-    "RandomUniform RandomUniformLike".split()
+    (
+        *("Bernoulli", "Dropout", "Multinomial"),
+        *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"),
+        *("DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear"),
+    )
 )
 _Seen = MutableMapping[Hashable, gs.Node]
 
@@ -36,8 +39,8 @@ _Seen = MutableMapping[Hashable, gs.Node]
 class EliminateCommonSubexpressions(Pass):
     """Compute equal nodes (same operator, attributes and inputs) once.
 
-    Attributes are compared with their defaults filled in, commutative inputs in any order. A node of a subgraph gives way
-    to an equal one of a graph around it.
+    Attributes are compared with their defaults filled in, commutative inputs in any order. A node of a subgraph gives
+    way to an equal one of a graph around it.
 
     Before:
         agraph (float[N] x) => (float[N] y) {

@@ -52,7 +52,8 @@ def is_dropin(match: Match, name: str) -> Refusal | None:
     others = [t for t in root.inputs if t is not kept and not t.is_empty()]
     rank = rank_of(kept)
     scalars = all(
-        (shape := shape_of(t)) is not None and math.prod(d if isinstance(d, int) else 0 for d in shape) == 1
+        (shape := shape_of(t)) is not None
+        and math.prod(d if isinstance(d, int) else 0 for d in shape) == 1
         and (not shape or (rank is not None and len(shape) <= rank))
         for t in others
     )

@@ -37,8 +37,8 @@ _BYTE = 8
 class FoldConstants(Pass):
     """Compute nodes whose inputs are all constants, unless the result would make the file grow.
 
-    Transpose, Reshape, Squeeze, Unsqueeze and narrowing Cast of large weights are recorded and done while the artifact is
-    written. Everything else that is computed is small.
+    Transpose, Reshape, Squeeze, Unsqueeze and narrowing Cast of large weights are recorded and done while the artifact
+    is written. Everything else that is computed is small.
 
     Before:
         agraph (float[N] x) => (float[N] y)

@@ -31,10 +31,10 @@ _SHAPE_ONLY = frozenset(["Expand", "Flatten", "Reshape", "Slice", "Squeeze", "Ti
 class FoldShapes(Pass):
     """Replace shape arithmetic by constants where sizes are known, or need not be said.
 
-    Sizes are followed through Shape, Gather, Slice, Concat, Cast, arithmetic, comparisons and Where as expressions of the
-    graph inputs' sizes. A content that turns out to be numbers becomes a constant. A Reshape keeps a size with 0 or finds
-    it with -1; an Expand leaves a size alone with 1; one that changes nothing goes. A list of sizes that was computed
-    before is not computed again.
+    Sizes are followed through Shape, Gather, Slice, Concat, Cast, arithmetic, comparisons and Where as expressions of
+    the graph inputs' sizes. A content that turns out to be numbers becomes a constant. A Reshape keeps a size with 0 or
+    finds it with -1; an Expand leaves a size alone with 1; one that changes nothing goes. A list of sizes that was
+    computed before is not computed again.
 
     Before:
         agraph (float[B, S, 64] x) => (float[B, S, 8, 8] y)
@@ -158,9 +158,7 @@ class _Work:
                 target.append(item)
             elif isinstance(size, int) and (size > 0 or not copies):
                 target.append(size)
-            elif copies and i < len(before) and before[i] == size:
-                target.append(0)
-            elif isinstance(item, int) and item == 0:
+            elif (copies and i < len(before) and before[i] == size) or (isinstance(item, int) and item == 0):
                 target.append(0)
             else:
                 target.append(-1)

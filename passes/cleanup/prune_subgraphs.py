@@ -26,8 +26,8 @@ _SCAN_SINCE = 9
 class PruneSubgraphs(Pass):
     """Remove inputs and outputs of If, Loop and Scan bodies that nothing needs.
 
-    An output that nobody reads goes from the node and from its bodies. A state of a loop that never changes is read from
-    outside instead; a state or a scanned input that the body does not use goes.
+    An output that nobody reads goes from the node and from its bodies. A state of a loop that never changes is read
+    from outside instead; a state or a scanned input that the body does not use goes.
 
     Before:
         agraph (bool c, float[N] x) => (float[N] y) {

@@ -30,7 +30,9 @@ def _all(value: bool) -> Callable[[Match], Refusal | None]:
 
 
 def _choice_fits(match: Match) -> Refusal | None:
-    return None if same_shape(match["x"], match.outputs[0]) else Refusal("the condition may broadcast it", match["c"].name)
+    return (
+        None if same_shape(match["x"], match.outputs[0]) else Refusal("the condition may broadcast it", match["c"].name)
+    )
 
 
 def _is_inference(match: Match) -> Refusal | None:

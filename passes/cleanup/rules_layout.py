@@ -88,7 +88,11 @@ def _same_axes(match: Match) -> Refusal | None:
     left, right = sorted(map(int, first)), sorted(map(int, second))
     if left == right:
         return None
-    if rank is not None and sorted(a % rank for a in left) == sorted(a % rank for a in right) and len(left) == len(right):
+    if (
+        rank is not None
+        and sorted(a % rank for a in left) == sorted(a % rank for a in right)
+        and len(left) == len(right)
+    ):
         return None
     return Refusal("the axes differ", match.root.name)
 
@@ -177,7 +181,9 @@ def _inner(node: gs.Node, tensor: gs.Tensor) -> gs.Node | None:
 
 LAYOUT: tuple[Rule, ...] = (
     algebra("identity(x) -> x", lambda op, x: op.Identity(x), lambda op, x: x),
-    algebra("transpose(x, 0 1 2) -> x", lambda op, x: op.Transpose(x, perm=op.bind("perm")), lambda op, x: x, _keeps_order),
+    algebra(
+        "transpose(x, 0 1 2) -> x", lambda op, x: op.Transpose(x, perm=op.bind("perm")), lambda op, x: x, _keeps_order
+    ),
     algebra(
         "transpose(transpose(x)) -> transpose(x)",
         lambda op, x: op.Transpose(op.Transpose(x, perm=op.bind("first")), perm=op.bind("second")),
@@ -210,7 +216,9 @@ LAYOUT: tuple[Rule, ...] = (
     algebra("split(x, 1) -> x", lambda op, x: op.Split(x, _open_ended=True), lambda op, x: x, _has_one_output),
     algebra("expand(x, ones) -> x", lambda op, x: op.Expand(x, op.const("sizes")), lambda op, x: x, _all_are(1)),
     algebra("tile(x, ones) -> x", lambda op, x: op.Tile(x, op.const("sizes")), lambda op, x: x, _all_are(1)),
-    algebra("pad(x, zeros) -> x", lambda op, x: op.Pad(x, op.const("pads"), _open_ended=True), lambda op, x: x, _all_are(0)),
+    algebra(
+        "pad(x, zeros) -> x", lambda op, x: op.Pad(x, op.const("pads"), _open_ended=True), lambda op, x: x, _all_are(0)
+    ),
     algebra("concat(x) -> x", lambda op, x: op.Concat(x), lambda op, x: x),
     FlattenConcat(),
 )

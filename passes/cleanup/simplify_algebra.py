@@ -25,8 +25,8 @@ RULES = (*ARITHMETIC, *TYPES, *LAYOUT)
 class SimplifyAlgebra(Pass):
     """Apply equations that hold for every input: x * 1 = x, Transpose of Transpose, Cast to the type that it has, ...
 
-    The equations are the tables in rules_arithmetic.py, rules_types.py and rules_layout.py. Two Unsqueeze nodes in a row
-    are left: runtimes look for them when they fuse attention.
+    The equations are the tables in rules_arithmetic.py, rules_types.py and rules_layout.py. Two Unsqueeze nodes in a
+    row are left: runtimes look for them when they fuse attention.
 
     Before:
         agraph (float[N, 4] x) => (float[N, 4] y)
