@@ -39,7 +39,7 @@ def passes_page() -> str:
 
 
 def _pass_section(kind: type[Pass]) -> str:
-    lines = [f"### {kind.name}\n", inspect.cleandoc(kind.__doc__ or ""), ""]
+    lines = [f"### {kind.name}\n", _as_markdown(inspect.cleandoc(kind.__doc__ or "")), ""]
     lines.append(
         "Results stay numerically equal." if kind.lossless else "Changes results; verification judges by how much."
     )
@@ -52,6 +52,30 @@ def _pass_section(kind: type[Pass]) -> str:
             f"| `{name}` | `{kind_.replace('|', chr(92) + '|')}` | `{default!r}` |" for name, kind_, default in options
         ]
     return "\n".join(lines) + "\n"
+
+
+def _as_markdown(text: str) -> str:
+    """Turn the indented parts of a docstring into code blocks (Before, After) and lists (Skips when, Attributes)."""
+    heads = {"Before:": "```text", "After:": "```text", "Skips when:": "", "Attributes:": ""}
+    lines: list[str] = []
+    fence: str | None = None
+    for line in [*text.splitlines(), "END"]:
+        if fence is not None and line and not line.startswith(" "):
+            while lines[-1] == "":
+                lines.pop()
+            lines += ["```", ""] if fence else [""]
+            fence = None
+        if line in heads:
+            fence = heads[line]
+            lines += ["", f"**{line[:-1]}**", "", *([fence] if fence else [])]
+        elif fence == "" and line.strip():
+            lines.append(line[4:] if line.startswith(("    - ", "     ")) else "- " + line.strip())
+        elif fence is not None:
+            lines.append(line[4:])
+        else:
+            lines.append(line)
+    kept = [line for i, line in enumerate(lines[:-1]) if line or (i and lines[i - 1])]
+    return "\n".join(kept).strip()
 
 
 def targets_page() -> str:
