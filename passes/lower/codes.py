@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,12 +12,12 @@ from onnxslim_llm.ir.jobs import DerivedWeight, derive
 from onnxslim_llm.ir.weights import Weight, constant
 from onnxslim_llm.rewrite.block_weights import BLOCK_GATHER, BLOCK_MATMUL, BlockJob, BlockLayout, job_of
 from onnxslim_llm.rewrite.concepts import calls
-from onnxslim_llm.rewrite.edit import detach
+from onnxslim_llm.rewrite.edit import Builder, detach
 
 if TYPE_CHECKING:
     from onnxslim_llm.ir.model import Model
 
-__all__ = ["BlockCall", "Constants", "find_calls", "take_apart"]
+__all__ = ["BlockCall", "Constants", "take_calls"]
 
 
 @dataclass
@@ -26,6 +26,7 @@ class BlockCall:
 
     Attributes:
         node: The detached node.
+        graph: Where it was.
         operand: What it multiplies (BlockMatMul) or looks up (BlockGather).
         result: What it makes.
         constants: Its codes, scales and zero points, by their old names.
@@ -35,6 +36,7 @@ class BlockCall:
     """
 
     node: gs.Node
+    graph: gs.Graph
     operand: gs.Tensor
     result: gs.Variable
     constants: list[gs.Constant]
@@ -66,11 +68,12 @@ class Constants:
         self._model = model
         self._named: set[str] = set()
         self._shared: dict[Hashable, gs.Constant] = {}
+        self._cast: dict[Hashable, gs.Variable] = {}
 
     def own(self, call: BlockCall, index: int, weight: Weight) -> gs.Constant:
         """Return a new constant for output `index` of a call's work, for one reader."""
         name = call.constants[index].name
-        if name in self._named:
+        while name in self._named:  # twice if the model forgot the name with the calls
             name = self._model.fresh_name(name)
         self._named.add(name)
         return constant(name, weight)
@@ -81,30 +84,34 @@ class Constants:
             self._shared[weight.key] = self.own(call, index, weight)
         return self._shared[weight.key]
 
+    def shared_scales(self, op: Builder, call: BlockCall, weight: Weight) -> gs.Tensor:
+        """Return shared scales in the type that is computed in; the Cast is shared within a graph, too."""
+        scales = self.shared(call, 1, weight)
+        if weight.onnx_dtype == call.scale_type:
+            return scales
+        key = (id(call.graph), id(scales), call.scale_type)
+        if key not in self._cast:
+            self._cast[key] = op.Cast(scales, to=call.scale_type)
+        return self._cast[key]
 
-def find_calls(model: Model) -> tuple[list[gs.Node], list[gs.Node]]:
-    """Return the calls with recorded work, and those without (of a model that was saved half way)."""
-    recorded: list[gs.Node] = []
+
+def take_calls(model: Model) -> tuple[list[BlockCall], list[gs.Node]]:
+    """Return the calls with recorded work, detached, and those without (of a model that was saved half way)."""
+    found: list[BlockCall] = []
     opaque: list[gs.Node] = []
-    for _, node in calls(model, BLOCK_MATMUL, BLOCK_GATHER):
-        (recorded if job_of(node) is not None else opaque).append(node)
-    return recorded, opaque
-
-
-def take_apart(nodes: Iterable[gs.Node]) -> list[BlockCall]:
-    """Detach calls from their graphs, and find out which of them share a weight."""
-    found = []
-    for node in nodes:
+    for graph, node in calls(model, BLOCK_MATMUL, BLOCK_GATHER):
         job = job_of(node)
-        assert job is not None
+        if job is None:
+            opaque.append(node)
+            continue
         tensors = list(node.inputs)
         constants = [tensor for tensor in tensors[1:] if isinstance(tensor, gs.Constant)]
         scale_type = int(node.attrs["scale_type"])
-        found.append(BlockCall(node, tensors[0], node.outputs[0], constants, job, scale_type, tied=False))
+        found.append(BlockCall(node, graph, tensors[0], node.outputs[0], constants, job, scale_type, tied=False))
     uses: dict[object, set[str]] = {}
     for call in found:
         uses.setdefault(call.job.identity, set()).add(call.node.op)
     for call in found:
         call.tied = len(uses[call.job.identity]) > 1
         detach(call.node)
-    return found
+    return found, opaque

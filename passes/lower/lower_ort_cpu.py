@@ -11,7 +11,7 @@ from onnx import TensorProto
 from onnxslim_llm.errors import CompilerBug, UsageError
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.weights import AliasWeight
-from onnxslim_llm.passes.lower.codes import BlockCall, Constants, find_calls, take_apart
+from onnxslim_llm.passes.lower.codes import BlockCall, Constants, take_calls
 from onnxslim_llm.rewrite.concepts import calls, drop_unused_functions, inline_call, replace_nodes
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.edit import Builder
@@ -22,7 +22,6 @@ __all__ = ["LowerOrtCpu"]
 _DOMAIN = "com.microsoft"
 _VERSION = 1
 _BITS = (2, 4, 8)
-_SCALE_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 #: 2-bit kernels exist for these blocks only; any other one is dequantized as a whole in every run.
 _FAST_2_BIT_BLOCKS = (32, 64, 128)
 
@@ -61,12 +60,12 @@ class LowerOrtCpu(Pass):
             UsageError: Weights of a width that the operators do not have.
         """
         change = Change()
-        recorded, opaque = find_calls(model)
+        recorded, opaque = take_calls(model)
         for node in opaque:
             change.skip(node.name, "its codes are no recorded work: it gets the portable form")
         replaced = {id(node): inline_call(model, node) for node in opaque}
         constants = Constants(model)
-        for call in take_apart(recorded):
+        for call in recorded:
             scheme = call.job.scheme
             if scheme.bits not in _BITS:
                 what = f"{_DOMAIN} has no operators for {scheme.bits}-bit weights"
@@ -98,7 +97,7 @@ class LowerOrtCpu(Pass):
             raise CompilerBug("a concept is left after lowering", where=f"{node.op} '{node.name}'")
 
     def _multiply(self, constants: Constants, op: Builder, call: BlockCall, context: Context) -> gs.Tensor:
-        codes, _, *zeros = call.weights("nbits")
+        codes, scales, *zeros = call.weights("nbits")
         job, bits, block = call.job, call.job.scheme.bits, call.stored_block("nbits")
         if bits == 2 and block not in _FAST_2_BIT_BLOCKS:
             note = f"{job.where()}: there is no fast kernel for 2-bit blocks of {block}; use 32, 64 or 128"
@@ -108,7 +107,7 @@ class LowerOrtCpu(Pass):
             "MatMulNBits",
             call.operand,
             constants.shared(call, 0, codes),
-            _scales(constants, op, call),
+            constants.shared_scales(op, call, scales),
             *(constants.shared(call, 2, weight) for weight in zeros),
             K=job.rows,
             N=job.columns,
@@ -118,14 +117,8 @@ class LowerOrtCpu(Pass):
         )
 
 
-def _scales(constants: Constants, op: Builder, call: BlockCall) -> gs.Tensor:
-    scales = constants.shared(call, 1, call.weights("nbits")[1])
-    same = _SCALE_TYPES[call.job.scheme.scale_type] == call.scale_type
-    return scales if same else op.Cast(scales, to=call.scale_type)
-
-
 def _look_up(constants: Constants, op: Builder, call: BlockCall) -> gs.Tensor:
-    codes, _, *zeros = call.weights("nbits")
+    codes, scales, *zeros = call.weights("nbits")
     job, n, block = call.job, call.job.columns, call.stored_block("nbits")
     table = AliasWeight(codes, (n, codes.nbytes // n), TensorProto.UINT8)
     rows = op.call(
@@ -133,7 +126,7 @@ def _look_up(constants: Constants, op: Builder, call: BlockCall) -> gs.Tensor:
         "GatherBlockQuantized",
         constants.shared(call, 0, table),
         call.operand,
-        _scales(constants, op, call),
+        constants.shared_scales(op, call, scales),
         *(constants.shared(call, 2, weight) for weight in zeros),
         bits=job.scheme.bits,
         block_size=block,

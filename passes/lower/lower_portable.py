@@ -11,8 +11,9 @@ from onnxslim_llm.errors import CompilerBug
 from onnxslim_llm.ir import dtypes
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.weights import ViewWeight
-from onnxslim_llm.passes.lower.codes import BlockCall, Constants, find_calls, take_apart
+from onnxslim_llm.passes.lower.codes import BlockCall, Constants, take_calls
 from onnxslim_llm.passes.lower.tables import gather_columns, gather_rows
+from onnxslim_llm.rewrite.block_weights import BLOCK_MATMUL
 from onnxslim_llm.rewrite.concepts import calls, drop_unused_functions, inline_call, replace_nodes
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.edit import Builder
@@ -46,22 +47,23 @@ class LowerPortable(Pass):
     def apply(self, model: Model, context: Context) -> Change:
         """Replace all calls."""
         change = Change()
-        recorded, opaque = find_calls(model)
+        recorded, opaque = take_calls(model)
         replaced = {id(node): inline_call(model, node) for node in opaque}
         constants = Constants(model)
-        for call in take_apart(recorded):
+        for call in recorded:
             op = Builder(model, call.node.name or call.result.name)
             result = self._lower(constants, op, call, change)
             last = op.nodes[-1]
             assert last.outputs[0] is result
             last.outputs[0] = call.result
             replaced[id(call.node)] = op.nodes
-        change.sites = [node.name or node.op for node in (*opaque, *recorded)]
+        nodes = [*opaque, *(call.node for call in recorded)]
+        change.sites = [node.name or node.op for node in nodes]
         replace_nodes(model, replaced)
         if replaced:
             drop_unused_functions(model)
-            change.detail["products"] = sum(not _is_gather(node) for node in (*opaque, *recorded))
-            change.detail["look_ups"] = sum(_is_gather(node) for node in (*opaque, *recorded))
+            products = sum(BLOCK_MATMUL.is_call(node) for node in nodes)
+            change.detail.update(products=products, look_ups=len(nodes) - products)
         return change
 
     def ensures(self, model: Model, context: Context) -> None:
@@ -84,10 +86,6 @@ class LowerPortable(Pass):
         return gather_rows(constants, op, call)
 
 
-def _is_gather(node: gs.Node) -> bool:
-    return bool(node.op == "BlockGather")
-
-
 def _rows_fill_bytes(call: BlockCall) -> bool:
     codes = call.weights("blocked_kn")[0]
     return call.job.columns * dtypes.bits_of(codes.onnx_dtype) % 8 == 0
@@ -100,6 +98,6 @@ def _multiply(constants: Constants, op: Builder, call: BlockCall) -> gs.Tensor:
         weights[1:] = [ViewWeight.reshape(weight, (call.job.columns,)) for weight in weights[1:]]
         attributes = {"axis": 1}
     codes, scales, *zeros = (constants.own(call, i, weight) for i, weight in enumerate(weights))
-    if scales.dtype != dtypes.numpy_dtype(call.scale_type):
+    if weights[1].onnx_dtype != call.scale_type:
         scales = op.Cast(scales, to=call.scale_type)
     return op.MatMul(call.operand, op.DequantizeLinear(codes, scales, *zeros, **attributes))

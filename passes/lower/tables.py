@@ -34,7 +34,7 @@ def gather_rows(constants: Constants, op: Builder, call: BlockCall) -> gs.Tensor
         codes = _unpacked_row(constants, op, call, 0, weights[0], job.rows, signed)
         scales = op.Gather(constants.own(call, 1, weights[1]), indices)
         zeros = [_unpacked_row(constants, op, call, 2, w, weights[1].shape[1], signed) for w in weights[2:]]
-    return op.DequantizeLinear(codes, _computed_in(op, call, scales), *zeros, axis=rank, block_size=block)
+    return op.DequantizeLinear(codes, _computed_in(op, call, scales, weights[1]), *zeros, axis=rank, block_size=block)
 
 
 def gather_columns(constants: Constants, op: Builder, call: BlockCall) -> gs.Tensor:
@@ -49,17 +49,13 @@ def gather_columns(constants: Constants, op: Builder, call: BlockCall) -> gs.Ten
     place = _Place(constants, op, call, codes)
     values = [place.look_up(0, codes), op.Gather(constants.own(call, 1, scales), indices, axis=1)]
     values += [place.look_up(2, zero) for zero in zeros]
-    values[1] = _computed_in(op, call, values[1])
+    values[1] = _computed_in(op, call, values[1], scales)
     columns = op.DequantizeLinear(*values, axis=0, block_size=job.scheme.block_rows(job.rows))
     return op.Transpose(columns, perm=[*range(1, rank + 1), 0])
 
 
-def _computed_in(op: Builder, call: BlockCall, scales: gs.Tensor) -> gs.Tensor:
-    same = _SCALE_TYPES[call.job.scheme.scale_type] == call.scale_type
-    return scales if same else op.Cast(scales, to=call.scale_type)
-
-
-_SCALE_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
+def _computed_in(op: Builder, call: BlockCall, gathered: gs.Tensor, scales: Weight) -> gs.Tensor:
+    return gathered if scales.onnx_dtype == call.scale_type else op.Cast(gathered, to=call.scale_type)
 
 
 def _unpacked_row(

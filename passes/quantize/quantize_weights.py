@@ -73,7 +73,7 @@ class QuantizeWeights(Pass):
         scopes: Other options by name: each entry has `match`, a regular expression as in `exclude`, and any of bits (0
             leaves alone), block, symmetric, method, scale_dtype. Later entries win.
         scale_dtype: Type that scales are stored in: "activation" is that of the activations; "float16" saves
-            16 / block bits a weight, the runtime converts them when it loads the model.
+            16 / block bits a weight, and the runtime converts them when it loads the model.
     """
 
     name: ClassVar[str] = "quantize_weights"
@@ -149,7 +149,7 @@ class QuantizeWeights(Pass):
             elif settings.bits == 0:
                 change.skip(group.name, "its bits are set to 0")
             else:
-                chosen.append((group, settings.scheme(group.rows, group.sites[0].computes_in)))
+                chosen.append((group, settings.scheme(group.rows, group.columns, group.sites[0].computes_in)))
         return chosen
 
     def _settings(self, group: WeightGroup) -> Settings:

@@ -10,14 +10,31 @@ from typing import Any, Literal
 from onnxslim_llm.errors import UsageError, did_you_mean
 from onnxslim_llm.rewrite.block_weights import WeightScheme
 
-__all__ = ["BITS", "BLOCKS", "ScaleType", "Settings", "check_scheme", "check_scopes", "compile_patterns"]
+__all__ = [
+    "BITS",
+    "BLOCKS",
+    "WORTH_A_CAST",
+    "ComputeType",
+    "ScaleType",
+    "Settings",
+    "check_scheme",
+    "check_scopes",
+    "compile_patterns",
+]
 
-ScaleType = Literal["activation", "float32", "float16"]
+ScaleType = Literal["activation", "float16"]
+
+#: Scales are stored in another type than is computed in only if that saves more bytes than this: it takes a Cast. Also
+#: what folding constants may add to a file by default, so that the Cast is not folded away again.
+WORTH_A_CAST = 1024
+
+ComputeType = Literal["float32", "float16"]
+_BYTES = {"float32": 4, "float16": 2}
 
 BITS = (2, 3, 4, 8)
 BLOCKS = (0, 16, 32, 64, 128, 256)
 _METHODS = ("rtn", "search")
-_SCALE_TYPES = ("activation", "float32", "float16")
+_SCALE_TYPES = ("activation", "float16")
 _SCOPE_KEYS = ("match", "bits", "block", "symmetric", "method", "scale_dtype")
 
 
@@ -28,7 +45,7 @@ class Settings:
     Attributes:
         bits: 0 leaves the weight alone.
         block, symmetric, method: As in `WeightScheme`.
-        scale_dtype: "activation" stores scales in the type that is computed in.
+        scale_dtype: Type of the stored scales; "activation" is the type that is computed in.
     """
 
     bits: int
@@ -45,14 +62,15 @@ class Settings:
                 settings = replace(settings, **{key: value for key, value in scope.items() if key != "match"})
         return settings
 
-    def scheme(self, rows: int, computes_in: str) -> WeightScheme:
-        """Return the scheme for a weight with K = `rows`; a block is not made longer than the column needs."""
+    def scheme(self, rows: int, columns: int, computes_in: ComputeType) -> WeightScheme:
+        """Return the scheme for a weight [K, N]; a block is not made longer than the column needs."""
         block = self.block
         while block > BLOCKS[1] and block // 2 >= rows:
             block //= 2
-        scale = computes_in if self.scale_dtype == "activation" else self.scale_dtype
-        assert scale in ("float32", "float16")
-        return WeightScheme(self.bits, block, self.symmetric, self.method, scale)  # type: ignore[arg-type]
+        scale_type = computes_in if self.scale_dtype == "activation" else self.scale_dtype
+        scheme = WeightScheme(self.bits, block, self.symmetric, self.method, scale_type)
+        saved = scheme.block_count(rows) * columns * (_BYTES[computes_in] - _BYTES[scale_type])
+        return scheme if saved > WORTH_A_CAST else replace(scheme, scale_type=computes_in)
 
 
 def check_scheme(values: Mapping[str, Any], where: str, *, may_be_left: bool = False) -> None:

@@ -26,6 +26,7 @@ __all__ = ["Site", "WeightGroup", "find_groups"]
 SMALLEST_SIDE = 16
 
 Role = Literal["embedding", "lm_head", "linear"]
+ComputeType = Literal["float32", "float16"]
 
 _FLOATS = ("float32", "float16", "bfloat16")
 _COMPUTED_IN = ("float32", "float16")
@@ -47,7 +48,7 @@ class Site:
 
     node: gs.Node
     graph: gs.Graph
-    computes_in: str
+    computes_in: ComputeType
     role: Role
 
 
@@ -76,6 +77,11 @@ class WeightGroup:
     def rows(self) -> int:
         """K."""
         return self.source.shape[self.k_axis]
+
+    @property
+    def columns(self) -> int:
+        """N."""
+        return self.source.shape[1 - self.k_axis]
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,8 @@ class _Search:
         group = self.groups.setdefault(key, WeightGroup(read.constant.name, weight, k_axis))
         # A product with an embedding table is a tied classifier.
         product: Role = "lm_head" if role in ("lm_head", "embedding") else "linear"
-        group.sites.append(Site(node, graph, read.dtype, "embedding" if node.op == "Gather" else product))
+        computes_in: ComputeType = "float16" if read.dtype == "float16" else "float32"
+        group.sites.append(Site(node, graph, computes_in, "embedding" if node.op == "Gather" else product))
         self.constants.setdefault(key, {})[id(read.constant)] = read.constant
 
     def _explain(self, node: gs.Node, index: int) -> None:

@@ -16,6 +16,7 @@ from onnxslim_llm.custom_ops.quantize import BlockSpec, quantize_tile
 from onnxslim_llm.custom_ops.reference import dequantize
 from onnxslim_llm.ir.model import Model, from_proto
 from onnxslim_llm.rewrite.passes import Change
+from onnxslim_llm.rewrite.pipeline import PassRecord
 
 Array = np.ndarray[Any, Any]
 Feeds = Mapping[str, Array]
@@ -76,7 +77,7 @@ def model_of(source: onnx.ModelProto) -> Model:
     return from_proto(copy)
 
 
-def skipped(change: Change) -> dict[str, str]:
+def skipped(change: Change | PassRecord) -> dict[str, str]:
     return {skip.where: skip.reason for skip in change.skipped}
 
 

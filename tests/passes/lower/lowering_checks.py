@@ -14,7 +14,8 @@ from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.save import save_model
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.rewrite.context import Context
-from onnxslim_llm.rewrite.passes import Change, Pass
+from onnxslim_llm.rewrite.passes import Pass
+from onnxslim_llm.rewrite.pipeline import PassRecord, Pipeline
 from onnxslim_llm.targets import Target
 
 #: Float32 products of at most 256 terms in another order: 256 * 2^-24 each, three in a row, relative to the largest
@@ -26,17 +27,15 @@ HALF_TOLERANCE = 4 * 2**-11
 
 def compile_to(
     target: Target, lower: Pass, source: onnx.ModelProto, path: Path, **options: Any
-) -> tuple[Model, Change]:
+) -> tuple[Model, PassRecord]:
     """Quantize, lower and save; returns the model and what the lowering said."""
     model = model_of(source)
     context = Context(target=target)
-    QuantizeWeights(min_elements=0, **options).apply(model, context)
-    change = lower.apply(model, context)
-    lower.ensures(model, context)
+    (_, record) = Pipeline([QuantizeWeights(min_elements=0, **options), lower]).run(model, context)
     save_model(model, path)
     onnx.checker.check_model(str(path), full_check=True)
     assert target.lint(model) == []
-    return model, change
+    return model, record
 
 
 def expected_of(

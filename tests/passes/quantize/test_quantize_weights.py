@@ -185,11 +185,16 @@ def test_a_half_precision_weight_behind_a_cast() -> None:
 
 
 def test_scales_can_be_stored_in_half_precision() -> None:
-    source = product(64, 32)
-    model, _ = quantize(source, scale_dtype="float16", min_elements=0)
+    source = product(128, 256)
+    model, _ = quantize(source, scale_dtype="float16")
     assert next(t for t in model.constants() if t.name == "W_scale").dtype == np.float16
-    expected = with_weight(source, "W", rounded(weights(1, 64, 32), 4, 32, True, "float16"))
-    assert_same(run(model.to_proto(), feeds(64)), run(expected, feeds(64)))
+    expected = with_weight(source, "W", rounded(weights(1, 128, 256), 4, 32, True, "float16"))
+    assert_same(run(model.to_proto(), feeds(128)), run(expected, feeds(128)))
+
+
+def test_few_scales_are_not_worth_a_cast() -> None:
+    model, _ = quantize(product(128, 128), scale_dtype="float16")  # 512 scales: 1 KiB would be saved
+    assert next(t for t in model.constants() if t.name == "W_scale").dtype == np.float32
 
 
 def test_weights_in_branches_stay_there() -> None:
