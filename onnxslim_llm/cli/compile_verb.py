@@ -85,6 +85,8 @@ def _show(manifest: Any, output: Output) -> None:
     if output.json:
         click.echo(manifest.dumps(), nl=False)
         return
+    if output.quiet:
+        return
     from onnxslim_llm.report.tables import compile_summary, pass_table
 
     output.show(compile_summary(manifest))

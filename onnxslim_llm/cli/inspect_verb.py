@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +36,8 @@ def command(model: Path, recipe: str | None, target: str | None, output: Output)
 def _page(found: Inspection, verbose: bool) -> list[Any]:
     from rich.text import Text
 
-    from onnxslim_llm.report.format import bytes_text, count_text, percent_text, shape_text
-    from onnxslim_llm.report.tables import count_table, plain_table, size_table
+    from onnxslim_llm.report.format import bytes_text, count_text, percent_text
+    from onnxslim_llm.report.tables import count_table, plain_table, side_by_side, size_table
 
     opset = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in found.opset.items())
     kind = f"decoder, {found.blocks} blocks" if found.decoder else f"no decoder: {found.why_not_decoder}"
@@ -48,18 +49,13 @@ def _page(found: Inspection, verbose: bool) -> list[Any]:
         ["nodes", count_text(sum(found.ops.values()))],
         ["weights", bytes_text(found.weight_bytes)],
     ]
-    ports = [
-        [side, port.name, port.kind, "unknown rank" if port.shape is None else shape_text(port.shape)]
-        for side, group in (("in", found.inputs), ("out", found.outputs))
-        for port in group
-    ]
     page: list[Any] = [plain_table(["", ""], [[Text(cell) for cell in row] for row in facts])]
-    page.append(_shortened(ports, verbose))
-    page += [count_table("operator", found.ops), size_table("role", found.bytes_by_role)]
-    page.append(size_table("type", found.bytes_by_dtype))
+    page.append(_ports(found, verbose))
+    sizes = [size_table("role", found.bytes_by_role), size_table("type", found.bytes_by_dtype)]
     zeros = [[role, percent_text(share)] for role, share in found.zeros.items() if share > 0]
     if zeros:
-        page.append(plain_table(["role", ">zeros"], zeros))
+        sizes.append(plain_table(["role", ">zeros"], zeros))
+    page.append(side_by_side([count_table("operator", found.ops)], sizes))
     if found.unknown_ops:
         page.append(Text(f"operators without a definition, kept as they are: {', '.join(found.unknown_ops)}"))
     page.append(_sites(found, verbose))
@@ -67,15 +63,26 @@ def _page(found: Inspection, verbose: bool) -> list[Any]:
     return page
 
 
-def _shortened(ports: list[list[str]], verbose: bool) -> Any:
-    """A KV cache has two ports a layer, in and out: those of the first layer tell all."""
+def _ports(found: Inspection, verbose: bool) -> Any:
+    """Inputs and outputs; of those that differ in a number only (a KV cache has two a layer) the first tells all."""
+    from onnxslim_llm.report.format import shape_text
     from onnxslim_llm.report.tables import plain_table
 
-    limit = len(ports) if verbose else 8
-    rows = ports[:limit]
-    if len(ports) > limit:
-        rows.append(["", f"and {len(ports) - limit} more (-v)", "", ""])
-    return plain_table(["", "name", "type", "shape"], rows)
+    rows: list[list[str]] = []
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for side, ports in (("in", found.inputs), ("out", found.outputs)):
+        for port in ports:
+            shape = "unknown rank" if port.shape is None else shape_text(port.shape)
+            key = (side, re.sub(r"\d+", "#", port.name), port.kind, shape)
+            if verbose or key not in alike:
+                alike[key] = [len(rows), 0]
+                rows.append([side, port.name, port.kind, shape])
+            else:
+                alike[key][1] += 1
+    for row, count in alike.values():
+        if count:
+            rows[row][1] += f" and {count} alike"
+    return plain_table(["", "name", "=type", "shape"], rows)
 
 
 def _sites(found: Inspection, verbose: bool) -> Any:
@@ -92,4 +99,4 @@ def _sites(found: Inspection, verbose: bool) -> Any:
         lines = [f"{number} x {reason}" for reason, number in most[: None if verbose else _REASONS_SHOWN]]
         if site.changed or site.skipped:
             rows.append([site.name, str(site.changed), str(len(site.skipped)), Text("\n".join(lines))])
-    return plain_table([f"recipe '{found.recipe}'", ">would change", ">leaves alone", "because"], rows)
+    return plain_table([f"=recipe '{found.recipe}'", ">changes", ">skips", "because"], rows)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import click
-from pydantic import BaseModel
 
 __all__ = ["Output", "output_options", "to_json"]
 
@@ -63,8 +62,6 @@ class Output:
 
 def to_json(data: Any) -> str:
     """Indented JSON; not a number and infinity become null."""
-    if isinstance(data, BaseModel):
-        return data.model_dump_json(indent=2)
     return json.dumps(_plain(data), indent=2)
 
 

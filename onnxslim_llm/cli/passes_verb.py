@@ -36,11 +36,11 @@ def command(name: str | None, output: Output) -> None:
         "recipes": [{"name": r.name, "description": r.description, "when": r.when} for r in recipes],
     }
     table = plain_table(
-        ["pass", "group", "exact", "what it does"],
+        ["=pass", "group", "exact", "what it does"],
         [[p.name, p.group, "yes" if p.lossless else "no", p.summary()] for p in known.values()],
     )
     presets = plain_table(
-        ["recipe", "what it does", "when to use it"], [[r.name, r.description, r.when] for r in recipes]
+        ["=recipe", "what it does", "when to use it"], [[r.name, r.description, r.when] for r in recipes]
     )
     output.result(data, table, presets)
 

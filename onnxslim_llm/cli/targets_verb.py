@@ -22,21 +22,24 @@ def command(name: str | None, output: Output) -> None:
     from onnxslim_llm.report.tables import plain_table
     from onnxslim_llm.targets import all_targets, get_target
 
-    found = [get_target(name)] if name is not None else list(all_targets().values())
-    accounts = [_account(target) for target in found]
-    rows = [
-        [
-            a["name"],
-            a["runtime"],
-            f"{a['min_opset']}-{a['max_opset']}",
-            a["description"],
-        ]
-        for a in accounts
-    ]
-    output.result(
-        accounts[0] if name is not None else accounts,
-        plain_table(["target", "runtime here", "opset", "what it is for"], rows),
-    )
+    if name is not None:
+        account = _account(get_target(name))
+        facts = [[key.replace("_", " "), _text(value)] for key, value in account.items()]
+        output.result(account, plain_table(["", ""], facts))
+        return
+    accounts = [_account(target) for target in all_targets().values()]
+    rows = [[a["name"], a["runtime"], a["description"].split(". ")[0].rstrip(".")] for a in accounts]
+    output.result(accounts, plain_table(["=target", "runtime here", "what it is for"], rows))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return "\n".join(f"{key} = {item}" for key, item in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(str(item) or "ai.onnx" for item in value) or "none"
+    return str(value)
 
 
 def _account(target: Target) -> dict[str, Any]:

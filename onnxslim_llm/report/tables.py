@@ -15,9 +15,10 @@ from onnxslim_llm.artifact.manifest import Gate, Manifest, PassEntry
 from onnxslim_llm.ir.roles import ROLES
 from onnxslim_llm.report.format import bytes_text, count_text, figure_text, ratio_text, seconds_text
 
-__all__ = ["compile_summary", "count_table", "gate_lines", "pass_table", "plain_table", "size_table"]
+__all__ = ["compile_summary", "count_table", "gate_lines", "pass_table", "plain_table", "side_by_side", "size_table"]
 
 _BAR_WIDTH = 24
+_SHARE_BAR_WIDTH = 10
 _OPS_SHOWN = 8
 _MIN_WIDTH = 4
 
@@ -120,13 +121,20 @@ def size_table(title: str, sizes: Mapping[str, int]) -> Table:
     table = _table(title, ">bytes", ">share", "")
     total = sum(sizes.values()) or 1
     for name, size in sizes.items():
-        bar = Bar(total, 0, size, width=_BAR_WIDTH, color="cyan")
+        bar = Bar(total, 0, size, width=_SHARE_BAR_WIDTH, color="cyan")
         table.add_row(Text(name), bytes_text(size), f"{100 * size / total:.1f} %", bar)
     return table
 
 
+def side_by_side(*columns: Sequence[RenderableType]) -> Table:
+    """Stacks of tables, one stack beside the other."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row(*(Group(*stack) for stack in columns))
+    return grid
+
+
 def plain_table(headers: Sequence[str], rows: Iterable[Sequence[RenderableType]]) -> Table:
-    """A table of `rows`; a header that begins with '>' has its column aligned to the right."""
+    """A table of `rows`. A column whose header begins with '>' is aligned to the right; with '=', it never wraps."""
     table = _table(*headers)
     for row in rows:
         # As Text, because a name may hold brackets, which rich takes for markup.
@@ -135,14 +143,10 @@ def plain_table(headers: Sequence[str], rows: Iterable[Sequence[RenderableType]]
 
 
 def _table(*headers: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=True, header_style="dim", show_header=any(h.strip(">") for h in headers))
+    table = Table(box=SIMPLE_HEAD, pad_edge=True, header_style="dim", show_header=any(h.strip(">=") for h in headers))
     for header in headers:
-        right = header.startswith(">")
-        table.add_column(
-            header.lstrip(">"),
-            justify="right" if right else "left",
-            no_wrap=right,
-            overflow="fold",
-            min_width=_MIN_WIDTH,
-        )
+        right, whole = header.startswith(">"), header.startswith(("=", ">"))
+        justify: Literal[left, right] = "right" if right else "left"
+        title = header.lstrip(">=")
+        table.add_column(title, justify=justify, no_wrap=whole, overflow="fold", min_width=_MIN_WIDTH)
     return table
