@@ -7,11 +7,11 @@ models=$(cd "$(dirname "$0")" && pwd)
 sample=$models/stdlib-llama
 out=build/stdlib-llama.int4
 
-"$command" compile "$sample" -o "$out" --calib "$models/text/calib.txt" --force
-"$command" eval "$out" --text "$models/text/heldout.txt" --vs "$sample" --max-tokens 16384
+"$command" compile "$sample" -o "$out" --calib "$sample/calib.txt" --force
+"$command" eval "$out" --text "$sample/heldout.txt" --vs "$sample" --max-tokens 8192
 prompt='def read_lines(path):
     """'
 for model in "$sample" "$out"; do
   printf '\n--- %s writes:\n' "$(basename "$model")"
-  "$command" generate "$model" --prompt "$prompt" --max-tokens 96
+  "$command" generate "$model" --prompt "$prompt" -n 96
 done
