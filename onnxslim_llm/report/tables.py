@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 from rich.bar import Bar
 from rich.box import SIMPLE_HEAD
@@ -146,7 +147,7 @@ def _table(*headers: str) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=True, header_style="dim", show_header=any(h.strip(">=") for h in headers))
     for header in headers:
         right, whole = header.startswith(">"), header.startswith(("=", ">"))
-        justify: Literal[left, right] = "right" if right else "left"
+        justify: Literal["left", "right"] = "right" if right else "left"
         title = header.lstrip(">=")
         table.add_column(title, justify=justify, no_wrap=whole, overflow="fold", min_width=_MIN_WIDTH)
     return table
