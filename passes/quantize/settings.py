@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from onnxslim_llm.errors import UsageError, did_you_mean
+from onnxslim_llm.passes.quantize.sites import ComputeType
 from onnxslim_llm.rewrite.block_weights import WeightScheme
 
 __all__ = [
     "BITS",
     "BLOCKS",
     "WORTH_A_CAST",
-    "ComputeType",
     "ScaleType",
     "Settings",
     "check_scheme",
@@ -28,7 +28,6 @@ ScaleType = Literal["activation", "float16"]
 #: what folding constants may add to a file by default, so that the Cast is not folded away again.
 WORTH_A_CAST = 1024
 
-ComputeType = Literal["float32", "float16"]
 _BYTES = {"float32": 4, "float16": 2}
 
 BITS = (2, 3, 4, 8)
