@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 import onnx_graphsurgeon as gs
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+from onnx import TensorProto
 
 from onnxslim_llm.errors import ModelError
 from onnxslim_llm.ir.ownership import owned_constants, subgraphs
@@ -14,9 +17,34 @@ from onnxslim_llm.ir.reader import describe
 if TYPE_CHECKING:
     from onnxslim_llm.ir.model import Model
 
-__all__ = ["check_model"]
+__all__ = ["check_model", "check_text"]
 
 _AGAIN = "the model is invalid: export it again"
+
+
+def check_text(message: Message, where: str) -> None:
+    """Check that names and other texts are UTF-8; Python could not write them back.
+
+    Raises:
+        ModelError: It names the field.
+    """
+    if isinstance(message, TensorProto):
+        # Listing its fields would copy the data.
+        texts: list[tuple[str, Any]] = [("name", message.name), ("doc_string", message.doc_string)]
+        wrong = next((name for name, value in texts if isinstance(value, bytes)), None)
+    else:
+        wrong = None
+        for field, value in message.ListFields():
+            if field.type == FieldDescriptor.TYPE_MESSAGE:
+                for item in [value] if isinstance(value, Message) else value:
+                    check_text(item, where)
+            elif field.type == FieldDescriptor.TYPE_STRING:
+                items: Any = [value] if isinstance(value, str | bytes) else value
+                wrong = field.name if any(isinstance(item, bytes) for item in items) else wrong
+    if wrong:
+        raise ModelError(
+            f"a text is not UTF-8: field '{wrong}' of {type(message).__name__}", where=where, todo="export it again"
+        )
 
 
 def check_model(model: Model) -> list[str]:
@@ -81,10 +109,11 @@ def _check_cycles(graph: gs.Graph, producers: dict[str, gs.Node | None], needs: 
         cycle = nx.find_cycle(edges)
     except nx.NetworkXNoCycle:
         return
-    by_id = {id(node): node for node in graph.nodes}
+    tensors = {source: edges.edges[source, target]["tensor"] for source, target in cycle}
+    first = next(node for node in graph.nodes if id(node) in tensors)
     raise ModelError(
-        f"the graph has a cycle of {len(cycle)} nodes through tensor '{edges.edges[cycle[0][:2]]['tensor']}'",
-        where=describe(by_id[cycle[0][0]]),
+        f"the graph has a cycle of {len(cycle)} nodes through tensor '{tensors[id(first)]}'",
+        where=describe(first),
         todo=_AGAIN,
     )
 

@@ -68,7 +68,7 @@ def _graph_skeleton(skeleton: GraphSkeleton, tensors: dict[int, gs.Tensor]) -> G
         initializers=[_tensor(item, tensors) for item in skeleton.initializers],
         orphans={id(tensors[identity]) for identity in skeleton.orphans if identity in tensors},
         inputs=[(entry, _tensor(item, tensors)) for entry, item in skeleton.inputs],
-        outputs={id(tensors[identity]): entry for identity, entry in skeleton.outputs.items() if identity in tensors},
+        outputs=[(entry, _tensor(item, tensors)) for entry, item in skeleton.outputs],
         value_info=[(entry, None if item is None else _tensor(item, tensors)) for entry, item in skeleton.value_info],
         annotations=[
             (annotation, {name: _tensor(item, tensors) for name, item in named.items()})

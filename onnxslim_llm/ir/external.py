@@ -111,7 +111,7 @@ class ExternalFiles:
             raise refuse
         path = Path(target)
         if path.exists() and not path.is_file():
-            raise ModelError("external data is not a regular file", where=f"{where}, file '{location}'")
+            raise ModelError("external data is not a regular file", where=f"{where}, file '{location}'", todo=_AGAIN)
         return path
 
 

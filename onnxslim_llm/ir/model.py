@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, defs
 
 from onnxslim_llm.errors import ModelError
-from onnxslim_llm.ir.check import check_model
+from onnxslim_llm.ir.check import check_model, check_text
 from onnxslim_llm.ir.copying import copy_graph
 from onnxslim_llm.ir.external import ExternalFiles, resolve_model_path
 from onnxslim_llm.ir.imports import (
@@ -256,7 +256,8 @@ def open_model(path: str | Path) -> Model:
 
 
 def _build(proto: onnx.ModelProto, tensors: TensorReader, path: Path | None) -> Model:
-    where = str(path or "")
+    where = str(path or "the model")
+    check_text(proto, where)
     if not proto.HasField("graph"):
         raise ModelError("the model has no graph", where=where, todo="is it an ONNX model? export it again")
     opset = check_opsets(proto.opset_import, where)

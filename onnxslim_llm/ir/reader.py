@@ -25,6 +25,7 @@ _FUNCTION_LISTS = frozenset(
     ["node", "input", "output", "value_info", "attribute", "attribute_proto", "opset_import", "doc_string"]
 )
 _NODE_LISTS = frozenset(["input", "output", "attribute"])
+_AGAIN = "the model is invalid: export it again"
 
 
 class _Scope:
@@ -73,8 +74,7 @@ def read_graph(proto: onnx.GraphProto, tensors: TensorReader, outer: _Scope | No
         found = scope.find(entry.name)
         if found is None:
             raise _unproduced(entry.name, "a graph output")
-        if not isinstance(found, gs.Variable) or entry.name not in scope.local:
-            skeleton.outputs[id(found)] = entry
+        skeleton.outputs.append((entry, found))
         outputs.append(found)
     skeleton.value_info = [(entry, scope.local.get(entry.name)) for entry in proto.value_info]
     for annotation in proto.quantization_annotation:
@@ -182,7 +182,7 @@ def _read_node(proto: onnx.NodeProto, tensors: TensorReader, scope: _Scope) -> g
     attributes, skeletons = {}, {}
     for attribute in proto.attribute:
         if attribute.name in attributes:
-            raise ModelError(f"attribute '{attribute.name}' is given twice", where=describe(proto))
+            raise ModelError(f"attribute '{attribute.name}' is given twice", where=describe(proto), todo=_AGAIN)
         attributes[attribute.name], skeletons[attribute.name] = read_attribute(
             attribute, tensors.constant, lambda graph: read_graph(graph, tensors, scope)
         )
@@ -213,7 +213,7 @@ def _define(scope: _Scope, tensor: gs.Tensor, by: str, node: onnx.NodeProto | No
         raise ModelError(
             f"tensor '{tensor.name}' is produced more than once",
             where=by if node is not None else f"{by} '{tensor.name}'",
-            todo="the model is invalid (not in SSA form): export it again",
+            todo=_AGAIN,
         )
     scope.local[tensor.name] = tensor
 

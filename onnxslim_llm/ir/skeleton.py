@@ -109,7 +109,7 @@ class GraphSkeleton:
         initializers: Constants in the order read; sparse ones too.
         orphans: `id`s of initializers that nothing used; they are written back until a pass clears this set.
         inputs: (entry, tensor) in the order read, initializers that were listed as inputs included.
-        outputs: Entries of outputs that are no variables (initializers), by `id` of the tensor.
+        outputs: (entry, tensor) in the order read.
         value_info: (entry, tensor) in the order read; the tensor is None for names that occur nowhere in the graph.
         annotations: (quantization annotation, tensors by name) in the order read.
     """
@@ -118,7 +118,7 @@ class GraphSkeleton:
     initializers: list[gs.Constant] = field(default_factory=list)
     orphans: set[int] = field(default_factory=set)
     inputs: list[tuple[onnx.ValueInfoProto, gs.Tensor]] = field(default_factory=list)
-    outputs: dict[int, onnx.ValueInfoProto] = field(default_factory=dict)
+    outputs: list[tuple[onnx.ValueInfoProto, gs.Tensor]] = field(default_factory=list)
     value_info: list[tuple[onnx.ValueInfoProto, gs.Tensor | None]] = field(default_factory=list)
     annotations: list[tuple[onnx.TensorAnnotation, dict[str, gs.Tensor]]] = field(default_factory=list)
 

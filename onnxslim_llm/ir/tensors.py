@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -86,6 +87,9 @@ class TensorReader:
         if place is not None and self._inline is not None:
             offset, length = place
             skeleton = copy_without(proto, _RAW)
+            if not _has_size(proto):
+                skeleton.raw_data = self._inline.file.read(offset, length).tobytes()
+                return ProtoWeight(skeleton), skeleton
             _check_length(proto, length)
             return MappedWeight(self._inline.file, offset, tuple(proto.dims), proto.data_type, None), skeleton
         _check_inline(proto)
@@ -93,13 +97,10 @@ class TensorReader:
 
 
 def _check_inline(proto: TensorProto) -> None:
-    # Reading raw_data copies it out of the message: its length is told by what the other fields leave.
-    if any(dim < 0 for dim in proto.dims):
-        raise ModelError(f"negative dimension in {list(proto.dims)}", where=f"tensor '{proto.name}'")
-    if proto.HasField("segment") or dtypes.numpy_dtype(proto.data_type) is None:
-        return
     if proto.data_type == TensorProto.STRING:
-        count, stored, unit = ProtoWeight(proto).size, len(proto.string_data), "strings"
+        count, stored, unit = math.prod(proto.dims), len(proto.string_data), "strings"
+    elif not _has_size(proto):
+        return
     elif proto.HasField("raw_data"):
         _check_length(proto, len(proto.raw_data))
         return
@@ -112,9 +113,7 @@ def _check_inline(proto: TensorProto) -> None:
 def _typed_counts(proto: TensorProto) -> tuple[int, int, str]:
     field = helper.tensor_dtype_to_field(proto.data_type)
     stored = len(getattr(proto, field))
-    count = 1
-    for dim in proto.dims:
-        count *= dim
+    count = math.prod(proto.dims)
     if proto.data_type in (TensorProto.COMPLEX64, TensorProto.COMPLEX128):
         count *= 2
     elif dtypes.bits_of(proto.data_type) in (2, 4):
@@ -122,9 +121,16 @@ def _typed_counts(proto: TensorProto) -> tuple[int, int, str]:
     return count, stored, f"values in {field}"
 
 
+def _has_size(proto: TensorProto) -> bool:
+    """Whether type and shape say how many bytes there are; if not, the proto is kept as it is."""
+    if proto.data_type == TensorProto.STRING or proto.HasField("segment"):
+        return False
+    return dtypes.numpy_dtype(proto.data_type) is not None
+
+
 def _check_length(proto: TensorProto, length: int) -> None:
-    if dtypes.numpy_dtype(proto.data_type) is None or proto.data_type == TensorProto.STRING:
-        return
+    if any(dim < 0 for dim in proto.dims):
+        raise _misfit(proto, "a negative dimension", "none")
     needed = dtypes.packed_nbytes(proto.dims, proto.data_type)
     if needed != length:
         raise _misfit(proto, f"{length} bytes", f"{needed}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Iterable
 
 import onnx
@@ -20,8 +21,13 @@ def write_values(
     stored = {id(constant) for constant in constants}
     for tensor, entry in _inputs_in_order(graph, skeleton, stored):
         write_value(out.input.add(), tensor, "input", entry)
+    # One tensor may be several outputs, with different entries.
+    outputs: dict[int, deque[onnx.ValueInfoProto]] = defaultdict(deque)
+    for entry, tensor in [] if skeleton is None else skeleton.outputs:
+        outputs[id(tensor)].append(entry)
     for tensor in graph.outputs:
-        write_value(out.output.add(), tensor, "output", None if skeleton is None else skeleton.outputs.get(id(tensor)))
+        entries = outputs[id(tensor)]
+        write_value(out.output.add(), tensor, "output", entries.popleft() if entries else None)
     alive = alive_ids(graph, constants)
     listed = {id(tensor) for tensor in graph.inputs} | {id(tensor) for tensor in graph.outputs}
     if skeleton is not None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import onnx_graphsurgeon as gs
-from onnx import TypeProto, ValueInfoProto
+from onnx import TensorProto, TypeProto, ValueInfoProto
+from onnx_graphsurgeon.ir.tensor import SparseValues
 
 from onnxslim_llm.ir import dtypes
 from onnxslim_llm.ir.skeleton import ValueSkeleton, copy_without, skeleton_of
@@ -66,7 +67,10 @@ def write_value(out: ValueInfoProto, tensor: gs.Tensor, role: str, base: ValueIn
         "tensor_type" if is_constant else tensor.type,
     )
     if base is not None:
-        before = read_type(base.type) if is_constant or skeleton is None else skeleton.known
+        if is_constant:
+            before = _constant_as_read(tensor, now, base)
+        else:
+            before = read_type(base.type) if skeleton is None else skeleton.known
         if _same(now, before):
             out.CopyFrom(base)
         else:
@@ -76,6 +80,14 @@ def write_value(out: ValueInfoProto, tensor: gs.Tensor, role: str, base: ValueIn
         out.type.CopyFrom(_changed_type(TypeProto(), now))
     if out.name != tensor.name or not out.HasField("name"):
         out.name = tensor.name
+
+
+def _constant_as_read(tensor: gs.Constant, now: tuple[Any, ...], entry: ValueInfoProto) -> tuple[Any, ...]:
+    # An entry may say less than the initializer, or something else: it stays as long as the initializer does.
+    proto: TensorProto | None = skeleton_of(tensor, TensorProto)
+    if proto is None:
+        return now if isinstance(tensor._values, SparseValues) else read_type(entry.type)
+    return dtypes.numpy_dtype(proto.data_type) or proto.data_type, tuple(proto.dims), "tensor_type"
 
 
 def _same(now: tuple[Any, ...], before: tuple[Any, ...]) -> bool:

@@ -2,7 +2,7 @@
 
 Run as a program it saves a model of one such job, for tests that need a process of their own:
 
-    python ir_jobs.py SOURCE OUT [--jobs N] [--rows N --columns N] [--journal FILE] [--slow SECONDS] [--limit-file BYTES]
+    python ir_jobs.py SOURCE OUT --rows N --columns N [--jobs N] [--journal FILE] [--slow SECONDS] [--limit-file BYTES]
 
 It prints the peak resident memory in bytes, mapped pages included.
 """
