@@ -15,10 +15,20 @@ from onnxslim_llm.ir.values import read_type
 if TYPE_CHECKING:
     from onnxslim_llm.ir.model import Model
 
-__all__ = ["SymbolicValues", "infer_shapes"]
+__all__ = ["SymbolicValues", "ensure_shapes", "infer_shapes"]
 
 #: onnx's inference names the sizes that it does not know unk__0, unk__1, ...
 _UNKNOWN_PREFIX = "unk__"
+
+
+def ensure_shapes(model: Model) -> None:
+    """Run `infer_shapes` if an output of some node has no type or shape yet: after rewrites most have theirs."""
+    for graph in model.graphs():
+        for node in graph.nodes:
+            for tensor in node.outputs:
+                if not tensor.is_empty() and (tensor.dtype is None or tensor.shape is None):
+                    infer_shapes(model)
+                    return
 
 
 def infer_shapes(model: Model) -> SymbolicValues:

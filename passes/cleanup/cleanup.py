@@ -56,11 +56,14 @@ class Cleanup(Pass):
         steps = [make_pass(name, {}) for name in CLEANUP]
         change = Change()
         counts = dict.fromkeys(CLEANUP, 0)
+        settled: dict[str, int] = {}  # number of changes, of all passes together, after which a pass was done
+        skipped: dict[str, list[Skip]] = {}
         seconds = dict.fromkeys(CLEANUP, 0.0)
         for round_number in range(1, self.max_rounds + 1):
-            skipped: dict[Skip, None] = {}
             found = 0
             for step in steps:
+                if settled.get(step.name) == len(change.sites):
+                    continue  # nothing has changed since it ran
                 start = time.perf_counter()
                 step.requires(model, context)
                 done = step.apply(model, context)
@@ -69,9 +72,10 @@ class Cleanup(Pass):
                 counts[step.name] += len(done.sites)
                 found += len(done.sites)
                 change.sites += done.sites
-                skipped |= dict.fromkeys(done.skipped)
+                settled[step.name] = len(change.sites)
+                skipped[step.name] = done.skipped
             if not found:
-                change.skipped = list(skipped)
+                change.skipped = list(dict.fromkeys(skip for found_by in skipped.values() for skip in found_by))
                 change.detail = _detail(counts, seconds, round_number)
                 return change
         busy = ", ".join(name for name, count in counts.items() if count)

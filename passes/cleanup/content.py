@@ -25,8 +25,13 @@ def is_readable(weight: Weight) -> bool:
     return weight.onnx_dtype != TensorProto.STRING and not isinstance(weight.storage, DerivedWeight)
 
 
-def fingerprint(weight: Weight) -> bytes:
-    """Return a few bytes that equal contents have in common, and different ones seldom; reads a few pages at most."""
+def fingerprint(weight: Weight, transposed: bool = False) -> bytes:
+    """Return a few bytes that equal contents have in common, and different ones seldom; reads a few pages at most.
+
+    Args:
+        weight: Any weight.
+        transposed: Return what the transposed weight would give. Only for weights of whole bytes.
+    """
     if weight.onnx_dtype == TensorProto.STRING:
         return weight.digest()
     if not is_readable(weight) or not weight.nbytes:
@@ -36,6 +41,7 @@ def fingerprint(weight: Weight) -> bytes:
     else:
         view = weight.view()
         sample = view[np.ix_(*_grid(view.shape))] if view.ndim else view
+        sample = sample.T if transposed else sample
     return hashlib.sha256(np.ascontiguousarray(sample).tobytes()).digest()
 
 

@@ -15,7 +15,7 @@ from onnxslim_llm.rewrite.constants import constant_value
 from onnxslim_llm.rewrite.matcher import Match
 from onnxslim_llm.rewrite.rule import Refusal
 
-__all__ = ["constant_ints", "is_dropin", "onnx_type", "rank_of", "same_shape", "shape_of", "widens"]
+__all__ = ["constant_ints", "is_dropin", "known_shape", "onnx_type", "rank_of", "same_shape", "shape_of", "widens"]
 
 
 def shape_of(tensor: gs.Tensor) -> tuple[Any, ...] | None:
@@ -25,6 +25,12 @@ def shape_of(tensor: gs.Tensor) -> tuple[Any, ...] | None:
     if tensor.shape is None or getattr(tensor, "type", "tensor_type") != "tensor_type":
         return None
     return tuple(tensor.shape)
+
+
+def known_shape(tensor: gs.Tensor) -> tuple[int, ...] | None:
+    """Return the shape if every dimension is a number, or None."""
+    shape = shape_of(tensor)
+    return shape if shape is not None and all(isinstance(dim, int) for dim in shape) else None
 
 
 def rank_of(tensor: gs.Tensor) -> int | None:

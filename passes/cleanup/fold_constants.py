@@ -10,9 +10,10 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from onnxslim_llm.ir import dtypes
-from onnxslim_llm.ir.shapes import SymbolicValues, infer_shapes
+from onnxslim_llm.ir.shapes import ensure_shapes
 from onnxslim_llm.ir.weights import SparseWeight, Weight, constant, weight_of
 from onnxslim_llm.passes.cleanup.evaluate import FOLDABLE, GENERATORS, evaluate
+from onnxslim_llm.passes.cleanup.facts import known_shape
 from onnxslim_llm.passes.cleanup.lazy_fold import lazy_fold
 from onnxslim_llm.rewrite.constants import constant_tensor
 from onnxslim_llm.rewrite.edit import redirect, remove_dead
@@ -72,7 +73,7 @@ class FoldConstants(Pass):
         """Fold the top graph and its subgraphs."""
         change = Change()
         outputs = graph_output_ids(model)
-        values: SymbolicValues | None = None
+        typed = False
         opset = model.opset() or 1
         for graph in model.graphs():
             for node in graph.nodes:
@@ -80,8 +81,10 @@ class FoldConstants(Pass):
                     continue
                 if any(not t.is_empty() and constant_tensor(t) is None for t in node.inputs):
                     continue
-                values = values or infer_shapes(model)
-                done = self._fold(node, values, outputs, opset)
+                if not typed:
+                    ensure_shapes(model)
+                    typed = True
+                done = self._fold(node, outputs, opset)
                 if isinstance(done, str):
                     change.skip(node.outputs[0].name, done)
                     continue
@@ -95,7 +98,7 @@ class FoldConstants(Pass):
                 graph.nodes[:] = [node for node in graph.nodes if id(node) not in gone]
         return change
 
-    def _fold(self, node: gs.Node, values: SymbolicValues, outputs: set[int], opset: int) -> list[Weight] | str:
+    def _fold(self, node: gs.Node, outputs: set[int], opset: int) -> list[Weight] | str:
         """Return the weights that take the place of the node's outputs, or why it is left alone."""
         if any(id(t) in outputs for t in node.outputs):
             return "its result is an output of the graph"
@@ -109,9 +112,9 @@ class FoldConstants(Pass):
             first = constant_tensor(node.inputs[0])
             if first is None or weight_of(first).nbytes < LAZY_BYTES or len(node.outputs) != 1:
                 return "it computes on a large weight"
-            folded = lazy_fold(node, weight_of(first), _is_shared(first, node), _known_shape(values, node.outputs[0]))
+            folded = lazy_fold(node, weight_of(first), _is_shared(first, node), known_shape(node.outputs[0]))
             return folded if isinstance(folded, str) else [folded]
-        size = _predicted_bytes(node, values)
+        size = _predicted_bytes(node)
         if size is None:
             if node.op in GENERATORS or sum(weight.size for weight in weights) > UNPREDICTED_ELEMENTS:
                 return "the size of its result is not known"
@@ -145,21 +148,13 @@ def _is_shared(tensor: gs.Constant, node: gs.Node) -> bool:
     return any(user is not node for user in tensor.outputs)
 
 
-def _known_shape(values: SymbolicValues, tensor: gs.Tensor) -> tuple[int, ...] | None:
-    shape = values.shape_of(tensor)
-    if shape is None:
-        return None
-    numbers = tuple(dim for dim in shape if isinstance(dim, int))
-    return numbers if len(numbers) == len(shape) else None
-
-
-def _predicted_bytes(node: gs.Node, values: SymbolicValues) -> int | None:
+def _predicted_bytes(node: gs.Node) -> int | None:
     """Return the bytes of all outputs together, or None if they are not known before the node is computed."""
     total = 0
     for tensor in node.outputs:
         if tensor.is_empty():
             continue
-        shape = _known_shape(values, tensor)
+        shape = known_shape(tensor)
         if shape is None or tensor.dtype is None:
             return None
         total += math.prod(shape) * dtypes.bits_of(dtypes.onnx_dtype(tensor.dtype)) // _BYTE

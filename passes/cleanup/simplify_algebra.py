@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from onnxslim_llm.ir.shapes import infer_shapes
+from onnxslim_llm.ir.shapes import ensure_shapes
 from onnxslim_llm.passes.cleanup.rules_arithmetic import ARITHMETIC
 from onnxslim_llm.passes.cleanup.rules_layout import LAYOUT
 from onnxslim_llm.passes.cleanup.rules_types import TYPES
@@ -53,5 +53,5 @@ class SimplifyAlgebra(Pass):
 
     def apply(self, model: Model, context: Context) -> Change:
         """Apply the rules to the top graph and its subgraphs until none of them fits."""
-        infer_shapes(model)
+        ensure_shapes(model)
         return apply_rules(model, RULES)

@@ -11,7 +11,7 @@ from onnx import TensorProto
 
 from onnxslim_llm.ir.ownership import is_overridable, owned_constants
 from onnxslim_llm.ir.weights import SparseWeight, Weight, weight_of
-from onnxslim_llm.passes.cleanup.content import equal_transposed
+from onnxslim_llm.passes.cleanup.content import equal_transposed, fingerprint
 from onnxslim_llm.rewrite.edit import redirect
 from onnxslim_llm.rewrite.engine import graph_output_ids
 from onnxslim_llm.rewrite.passes import Change, Pass
@@ -66,34 +66,32 @@ class TieWeights(Pass):
         """Tie the matrices of the top graph."""
         change = Change(detail={"bytes": 0})
         fixed = graph_output_ids(model)
-        by_shape: dict[Hashable, list[_Matrix]] = {}
+        matrices: list[_Matrix] = []
+        transposed: dict[Hashable, list[_Matrix]] = {}
         for tensor in owned_constants(model.graph):
             weight = weight_of(tensor)
-            if len(weight.shape) != 2 or weight.onnx_dtype not in _FLOATS:
+            if len(weight.shape) != 2 or weight.onnx_dtype not in _FLOATS or weight.nbytes < self.min_bytes:
                 continue
-            if isinstance(weight, SparseWeight) or is_overridable(tensor):
+            if isinstance(weight, SparseWeight) or is_overridable(tensor) or id(tensor) in fixed:
                 continue
-            if weight.nbytes >= self.min_bytes and id(tensor) not in fixed:
-                by_shape.setdefault((weight.onnx_dtype, weight.shape), []).append((tensor, weight))
+            matrices.append((tensor, weight))
+            key = (weight.onnx_dtype, weight.shape[::-1], fingerprint(weight, transposed=True))
+            transposed.setdefault(key, []).append((tensor, weight))
         gone: set[int] = set()
-        for (dtype, shape), matrices in by_shape.items():
-            candidates = by_shape.get((dtype, shape[::-1]), [])
-            for kept in matrices:
-                for other in candidates:
-                    if other[0] is kept[0] or id(kept[0]) in gone or id(other[0]) in gone:
-                        continue
-                    if _rank(kept[0]) < _rank(other[0]) or not equal_transposed(kept[1], other[1]):
-                        continue
-                    _tie(model, kept[0], other[0])
-                    gone.add(id(other[0]))
-                    change.sites.append(other[0].name)
-                    change.detail["bytes"] += other[1].nbytes
+        for kept, weight in sorted(matrices, key=lambda matrix: not _is_table(matrix[0])):
+            for other, copy in transposed.get((weight.onnx_dtype, weight.shape, fingerprint(weight)), []):
+                if other is kept or id(kept) in gone or id(other) in gone or not equal_transposed(weight, copy):
+                    continue
+                _tie(model, kept, other)
+                gone.add(id(other))
+                change.sites.append(other.name)
+                change.detail["bytes"] += copy.nbytes
         return change
 
 
-def _rank(tensor: gs.Constant) -> int:
-    """Return how much a matrix should be the one that stays: rows are gathered from it."""
-    return int(any(node.op == "Gather" and node.inputs[0] is tensor for node in tensor.outputs))
+def _is_table(tensor: gs.Constant) -> bool:
+    """Return whether rows are gathered from a matrix: then it should be the one that stays."""
+    return any(node.op == "Gather" and node.inputs[0] is tensor for node in tensor.outputs)
 
 
 def _tie(model: Model, kept: gs.Constant, other: gs.Constant) -> None:
