@@ -12,7 +12,7 @@ from onnxslim_llm.cli.params import PATH
 
 if TYPE_CHECKING:
     from onnxslim_llm.report.difference import StructuralDifference
-    from onnxslim_llm.verify.layers import LayerComparison
+    from onnxslim_llm.verify.layers import LayerComparison, LayerError
 
 __all__ = ["command"]
 
@@ -81,21 +81,20 @@ def _layer_table(layers: LayerComparison, verbose: bool) -> Any:
     from onnxslim_llm.report.format import figure_text
     from onnxslim_llm.report.tables import plain_table
 
-    different = [layer for layer in layers.layers if layer.max_abs > 0]
+    different = [layer for layer in layers.layers if layer.max_abs > 0 or layer.nonfinite]
     shown = layers.layers if verbose else different[:_LAYERS_SHOWN]
     if not shown:
         return f"all {len(layers.layers)} tensors of the same name are equal"
     rows: list[list[Any]] = [
-        [
-            x.name,
-            x.op,
-            "equal" if x.max_abs == 0 else f"{x.sqnr_db:.1f} dB",
-            figure_text(x.max_abs),
-            f"{x.cosine:.6f}",
-        ]
-        for x in shown
+        [layer.name, layer.op, _sqnr(layer), figure_text(layer.max_abs), f"{layer.cosine:.6f}"] for layer in shown
     ]
     if len(shown) < len(layers.layers):
         rest = len(different) - len(shown), len(layers.layers) - len(different)
         rows.append([f"and {rest[0]} better, {rest[1]} equal ones (-v)", "", "", "", ""])
     return plain_table(["tensor, worst first", "operator", ">SQNR", ">largest", ">cosine"], rows)
+
+
+def _sqnr(layer: LayerError) -> str:
+    if layer.nonfinite:
+        return f"{layer.nonfinite} not finite"
+    return "equal" if layer.max_abs == 0 else f"{layer.sqnr_db:.1f} dB"
