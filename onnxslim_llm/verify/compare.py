@@ -114,10 +114,9 @@ def compare(
         ModelError: one of the models fails, the artifact lacks an output or input of the source or has another shape,
             or no case could be compared.
     """
-    steps = len(plan.cases) + (plan.prompts is not None)
     tell = progress or (lambda done, total: None)
     if plan.kind == "tensors":
-        return _compare_tensors(source, artifact, plan, lambda done: tell(done, steps))
+        return _compare_tensors(source, artifact, plan, lambda done: tell(done, len(plan.cases)))
     ours, theirs = DecoderRunner(source), DecoderRunner(artifact)
     if ours.vocab != theirs.vocab:
         raise ModelError(
@@ -125,24 +124,32 @@ def compare(
         )
     collector, used, skipped = _Collector(), list[str](), list(plan.skipped)
     name = ours.signature.logits
-    for done, case in enumerate(plan.cases):
-        if not isinstance(case, DecoderCase):
-            raise TypeError("a decoder plan holds decoder cases")
+    cases = [case for case in plan.cases if isinstance(case, DecoderCase)]
+    done, steps = 0, sum(len(case.pieces) for case in cases) + (plan.greedy_tokens if plan.prompts is not None else 0)
+    for case in cases:
         before = collector.total.source_nan
         for expected, got in _decoder_pairs(ours, theirs, case):
             collector.add(name, expected, got)
             collector.logits.add(expected, got)
+            done += 1
+            tell(done, steps)
         if collector.total.source_nan > before:
             skipped.append((case.name, "the source itself gives NaN for some real tokens; they are left out"))
         used.append(case.name)
-        tell(done + 1, steps)
     if not collector.logits.tokens and not collector.nonfinite():
         raise ModelError("the source gives no finite logits to compare with", where=name)
     greedy = None
     if plan.prompts is not None and plan.greedy_tokens:
         # Two logits that may each move by the lossless limit can swap places below twice this distance.
         tie = 2 * lossless_limit(precision, collector.total.figures().absmax)
-        greedy = greedy_match(ours, theirs, plan.prompts, plan.greedy_tokens, tie_margin=tie)
+        greedy = greedy_match(
+            ours,
+            theirs,
+            plan.prompts,
+            plan.greedy_tokens,
+            tie_margin=tie,
+            progress=lambda made: tell(min(done + made, steps), steps),
+        )
         tell(steps, steps)
     logits = collector.logits
     return Comparison(
@@ -179,9 +186,7 @@ def _compare_tensors(source: Session, artifact: Session, plan: Plan, tell: Calla
         what = f"lacks the output '{min(missing)}'" if missing else f"has a new input '{min(extra)}'"
         raise ModelError(f"the artifact {what}", where=artifact.where)
     collector, used = _Collector(), list[str]()
-    for done, case in enumerate(plan.cases):
-        if not isinstance(case, TensorCase):
-            raise TypeError("a tensor plan holds tensor cases")
+    for done, case in enumerate(case for case in plan.cases if isinstance(case, TensorCase)):
         expected = source.run(case.feeds)
         got = artifact.run({i.name: case.feeds[i.name] for i in artifact.inputs}, list(expected))
         for name, array in expected.items():

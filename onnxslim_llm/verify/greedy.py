@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,13 +37,19 @@ class GreedyMatch:
 
 
 def greedy_match(
-    source: DecoderRunner, artifact: DecoderRunner, prompts: Array, tokens: int, *, tie_margin: float
+    source: DecoderRunner,
+    artifact: DecoderRunner,
+    prompts: Array,
+    tokens: int,
+    *,
+    tie_margin: float,
+    progress: Callable[[int], None] | None = None,
 ) -> GreedyMatch:
     """Continue `prompts` [N, T] by `tokens` tokens with both models in step.
 
     Both are fed the source's choice, so up to the first difference each sees exactly its own text. A difference counts
     only if the source prefers its token by more than `tie_margin` (in logits): below it the order is rounding, not
-    the model's opinion.
+    the model's opinion. `progress` is called with the number of tokens that were made in step.
 
     Raises:
         ModelError: the logits are not finite.
@@ -54,14 +61,22 @@ def greedy_match(
         group = prompts[start : start + size]
         missing = size - len(group)
         group = np.concatenate([group, np.repeat(group[-1:], missing, axis=0)])
-        found, tied = _group(source, artifact, group, tokens, tie_margin, size - missing)
+        before = start // size * tokens
+        tell = None if progress is None else lambda made, before=before: progress(before + made)
+        found, tied = _group(source, artifact, group, tokens, tie_margin, size - missing, tell)
         first += found
         ties += tied
     return GreedyMatch(tokens, tuple(first), ties)
 
 
 def _group(
-    source: DecoderRunner, artifact: DecoderRunner, fed: Array, tokens: int, tie_margin: float, real: int
+    source: DecoderRunner,
+    artifact: DecoderRunner,
+    fed: Array,
+    tokens: int,
+    tie_margin: float,
+    real: int,
+    tell: Callable[[int], None] | None,
 ) -> tuple[list[int | None], int]:
     """As `greedy_match` for one batch, of which the first `real` rows count."""
     first: list[int | None] = [None] * real
@@ -81,6 +96,8 @@ def _group(
         for row in np.flatnonzero(differs & ~tied):
             if first[row] is None:
                 first[row] = step
+        if tell:
+            tell(step + 1)
         ties += int(sum(first[row] is None for row in np.flatnonzero(tied)))
         if all(index is not None for index in first):
             break

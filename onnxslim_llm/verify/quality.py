@@ -13,34 +13,23 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from onnxslim_llm.errors import ModelError, ResourceError, UsageError
+from onnxslim_llm.errors import ModelError, UsageError
 from onnxslim_llm.runtime.decoder import DecoderRunner
 from onnxslim_llm.runtime.session import Array, Session, open_session
+from onnxslim_llm.runtime.sidefiles import SideFiles
 from onnxslim_llm.verify.compare import Progress
 from onnxslim_llm.verify.figures import kl_divergence, log_softmax
 from onnxslim_llm.verify.greedy import GreedyMatch, greedy_match
+from onnxslim_llm.verify.text import Encoder, read_tokens
 
-__all__ = ["Difference", "Quality", "evaluate", "read_tokens"]
+__all__ = ["Difference", "Quality", "evaluate"]
 
 _LOGIT_BYTES = 32 << 20  # logits of one model held at a time
 _GREEDY_PROMPTS, _GREEDY_PROMPT, _GREEDY_TOKENS = 16, 32, 64
-_CHARS_PER_TOKEN = 16  # read ahead generously; a token is about 4 characters of text
-
-
-class Encoder(Protocol):
-    """What `evaluate` needs of a tokenizer; `runtime.tokenizer.TextTokenizer` has it."""
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
-        ...
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of token ids."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -136,7 +125,7 @@ def evaluate(
         text: UTF-8 file.
         tokenizer: that the model was trained with.
         versus: the source that `model` was made from.
-        window: tokens that a prediction can look back on at most.
+        window: tokens that a prediction can look back on at most; less where the model's own limit is lower.
         stride: tokens between the starts of two windows, half a window by default; only tokens that no earlier window
             predicted are counted, so a smaller stride gives every token more context.
         max_tokens: stop after this many tokens of the text.
@@ -161,9 +150,7 @@ def evaluate(
             )
     if source is not None and source.vocab != runner.vocab:
         raise ModelError(f"vocabularies differ: {source.vocab} and {runner.vocab}", where=runner.session.where)
-    for each in (runner, source):
-        fixed = each.signature.length if each is not None and not each.signature.caches else None
-        window = min(window, fixed) if fixed else window
+    window = min(window, *(_longest(each, window) for each in (runner, source) if each is not None))
     stride = max(1, window // 2) if stride is None else stride
     if window < 2 or not 1 <= stride <= window:
         raise UsageError(f"window {window} and stride {stride}: the window needs 2 tokens, the stride 1 to the window")
@@ -187,32 +174,6 @@ def evaluate(
         seconds=time.perf_counter() - start,
         difference=difference,
     )
-
-
-def read_tokens(path: Path, tokenizer: Encoder, max_tokens: int | None) -> Array:
-    """The first `max_tokens` tokens of a text file, [n] int64.
-
-    Raises:
-        UsageError: fewer than two tokens.
-        ResourceError: the file cannot be read, or is no UTF-8 text.
-    """
-    limit = None if max_tokens is None else max_tokens * _CHARS_PER_TOKEN
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(limit)
-            ids = tokenizer.encode(text)
-            while (
-                limit is not None and max_tokens is not None and len(ids) <= max_tokens and (more := file.read(limit))
-            ):
-                text += more
-                ids = tokenizer.encode(text)
-    except OSError as error:
-        raise ResourceError(f"the text cannot be read: {error.strerror}", where=str(path)) from error
-    except UnicodeDecodeError as error:
-        raise UsageError("the text is not UTF-8", where=str(path)) from error
-    if len(ids[:max_tokens]) < 2:
-        raise UsageError(f"the text has {len(ids[:max_tokens])} tokens; at least 2 are needed", where=str(path))
-    return np.asarray(ids[:max_tokens], np.int64)
 
 
 class _Sums:
@@ -263,6 +224,14 @@ def _runner(model: str | Path | Session, threads: int) -> DecoderRunner:
             where=runner.session.where,
         )
     return runner
+
+
+def _longest(runner: DecoderRunner, window: int) -> int:
+    """The largest window up to `window` that the graph and the files beside the model allow."""
+    file = Path(runner.session.where)
+    context = SideFiles.of(file.parent).context_length if file.is_file() else None
+    fixed = None if runner.signature.caches else runner.signature.length
+    return min(limit for limit in (window, context, fixed) if limit is not None)
 
 
 def _predictions(

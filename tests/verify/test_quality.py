@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from reference_decoder import DecoderSpec, build
+from reference_decoder import DecoderSpec, build, write
 
 from onnxslim_llm.errors import ModelError, ResourceError, UsageError
 from onnxslim_llm.runtime.decoder import DecoderRunner
 from onnxslim_llm.runtime.session import Session, open_session
 from onnxslim_llm.runtime.tokenizer import load_tokenizer
 from onnxslim_llm.verify.figures import log_softmax
-from onnxslim_llm.verify.quality import evaluate, read_tokens
+from onnxslim_llm.verify.quality import evaluate
+from onnxslim_llm.verify.text import read_tokens
 
 # Mean log likelihoods of float32 logits from runs of different length: 1e-6 a token.
 RELATIVE = 1e-4
@@ -154,7 +155,7 @@ def test_vocabularies_must_fit(session: Session, text: Path) -> None:
         evaluate(session, text, Bytes(), versus=open_session(build(DecoderSpec(vocab=300))))
 
 
-@pytest.mark.parametrize(("window", "stride"), [(1, None), (8, 0), (8, 9)])
+@pytest.mark.parametrize(("window", "stride"), [(0, None), (1, None), (8, 0), (8, 9)])
 def test_senseless_windows(session: Session, text: Path, window: int, stride: int | None) -> None:
     with pytest.raises(UsageError, match="window"):
         evaluate(session, text, Bytes(), window=window, stride=stride)
@@ -179,10 +180,18 @@ def test_a_fixed_length_limits_the_window(text: Path) -> None:
     assert (found.window, found.stride) == (20, 10)
 
 
+def test_the_models_own_context_limits_the_window(text: Path, tmp_path: Path) -> None:
+    path = write(DecoderSpec(), tmp_path / "model.onnx")
+    assert evaluate(path, text, Bytes(), threads=1).window == 512
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 40}')
+    assert evaluate(path, text, Bytes(), threads=1).window == 40
+    assert evaluate(path, text, Bytes(), threads=1, window=30).window == 30
+
+
 def test_reading_stops_at_the_limit(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Bytes().encode(text.read_text(encoding="utf-8"))
     assert read_tokens(text, Bytes(), 50).tolist() == whole[:50]
-    monkeypatch.setattr("onnxslim_llm.verify.quality._CHARS_PER_TOKEN", 1)
+    monkeypatch.setattr("onnxslim_llm.verify.text._CHARS_PER_TOKEN", 1)
     assert read_tokens(text, Bytes(), 50).tolist() == whole[:50]
     assert read_tokens(text, Bytes(), 10**6).tolist() == whole
 
