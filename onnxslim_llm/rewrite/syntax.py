@@ -73,11 +73,12 @@ def _toml(value: Any) -> str:
 
 def _split(text: str, whole: str) -> list[str]:
     """Split at commas that are outside of brackets and quotes; empty parts vanish."""
-    parts, start, closers, quote = [], 0, [], ""
+    parts, start, closers, quote, escaped = [], 0, [], "", False
     for i, char in enumerate(text):
         if quote:
-            if char == quote and text[i - 1] != "\\":
+            if char == quote and not escaped:
                 quote = ""
+            escaped = char == "\\" and not escaped and quote == '"'  # TOML escapes only between double quotes
         elif char in "\"'":
             quote = char
         elif char in _PAIRS:
