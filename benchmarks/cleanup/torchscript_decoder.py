@@ -1,8 +1,8 @@
 """A Llama-like decoder with KV cache, written the way torch's TorchScript exporter writes one.
 
 Every constant is a node of its own, every size is read by Shape and Gather and put together by Concat, KV heads are
-repeated through ConstantOfShape, Mul, Equal, Where and Expand, x / y is 1 / y times x, and the tied embedding is stored a
-second time, transposed. Weights are random.
+repeated through ConstantOfShape, Mul, Equal, Where and Expand, x / y is 1 / y times x, and the tied embedding is stored
+a second time, transposed. Weights are random.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ class _Run:
         root = match.root
         for node in builder.nodes:
             node.home = graph
-        done = self._replace(match.outputs, new, builder.nodes)
+        done = self._replace(match.outputs, new, builder, root)
         if not all(done):
             self._blocked.add((rule.name, id(root)))
         if not any(done):
@@ -131,14 +131,20 @@ class _Run:
         return builder.nodes
 
     def _replace(
-        self, outputs: Sequence[gs.Variable], new: Sequence[gs.Tensor], fresh: list[gs.Node]
+        self, outputs: Sequence[gs.Variable], new: Sequence[gs.Tensor], builder: Builder, root: gs.Node
     ) -> list[bool]:
         done = []
         moved: dict[int, gs.Tensor] = {}  # new tensors whose place an old one took, for rules that return one twice
         for old, tensor in zip(outputs, new, strict=True):
             source = moved.get(id(tensor), tensor)
             produced = isinstance(source, gs.Variable) and bool(source.inputs)
-            done.append(replace_output(old, source, fresh, self.graph_outputs))
+            replaced = replace_output(old, source, builder.nodes, self.graph_outputs)
+            if not replaced and root.op != "Identity":
+                # A graph output that is a graph input, a constant or another output needs a node of its own.
+                named = builder.Identity(source)
+                builder.nodes[-1].home = root.home
+                replaced = replace_output(old, named, builder.nodes, self.graph_outputs)
+            done.append(replaced)
             if produced and not source.inputs:
                 moved[id(tensor)] = old
         return done
