@@ -19,6 +19,7 @@ __all__ = ["PROGRAM", "run"]
 PROGRAM = "onnxslim-llm"
 _INTERRUPTED = 128 + signal.SIGINT
 _BROKEN_PIPE = 128 + signal.SIGPIPE
+_USAGE = 2
 _VERBOSE = frozenset({"-v", "--verbose"})
 
 
@@ -49,11 +50,13 @@ def _failed(error: BaseException, arguments: Sequence[str], verbose: bool) -> in
         return _INTERRUPTED
     if isinstance(error, click.ClickException):
         _tell(*_usage(error))
-        return 2
+        return _USAGE
     if verbose:
         traceback.print_exception(error)
     shown = _as_slim_error(error, arguments)
-    _tell(shown.what, shown.where, shown.todo)
+    command = " ".join([PROGRAM, *arguments[:1]])
+    hint = f"{command} --help lists what there is" if shown.exit_code == _USAGE else f"{command} -v tells more"
+    _tell(shown.what, shown.where or command, shown.todo or hint)
     return shown.exit_code
 
 
