@@ -12,6 +12,7 @@ from onnx import TensorProto
 
 from onnxslim_llm.custom_ops.quantize import BlockSpec, Layout, TileBuffers, column_alignment, quantize_tile
 from onnxslim_llm.errors import ModelError
+from onnxslim_llm.ir.dtypes import bits_of
 from onnxslim_llm.ir.jobs import TensorSpec, Tile, TileOutput
 from onnxslim_llm.ir.weight import Weight
 from onnxslim_llm.rewrite.block_weights import BlockJob, BlockLayout, WeightScheme
@@ -20,6 +21,9 @@ __all__ = ["TILE_BYTES", "QuantizeJob"]
 
 #: Input bytes of a tile: small against the memory limit, large against the cost of starting one.
 TILE_BYTES = 32 << 20
+#: Blocks after which every row of codes and zero points ends with a whole byte, whatever its width.
+_WHOLE_BYTES = 4
+_BYTE = 8
 #: Part of the fingerprint: raise it when the same parameters give other bytes.
 _VERSION = 1
 #: Blocks that MatMulNBits has fast kernels for: a scale per column is repeated for each of them.
@@ -84,30 +88,40 @@ class QuantizeJob(BlockJob):
         scheme = self.scheme
         return BlockSpec(scheme.bits, scheme.block or -1, scheme.symmetric, scheme.scale_type)
 
+    @property
+    def _by_rows(self) -> bool:
+        """Whether tiles are ranges of rows: where both the source and the result lie row by row."""
+        return self.layout == "blocked_kn" and self.k_axis == 0 and self.scheme.block > 0
+
     def tiles(self) -> Sequence[Tile]:
-        """Return ranges of columns."""
-        column = self.rows * self.inputs[0].dtype.itemsize
-        align = column_alignment(self._spec, Layout(self.layout), self.rows, self.columns)
-        step = max(align, TILE_BYTES // column // align * align)
-        starts = range(0, self.columns, step)
+        """Return ranges of rows or of columns."""
+        if self._by_rows:
+            line, count, align = self.columns, self.rows, _WHOLE_BYTES * self.scheme.block
+        else:
+            align = column_alignment(self._spec, Layout(self.layout), self.rows, self.columns)
+            line, count = self.rows, self.columns
+        size = line * self.inputs[0].dtype.itemsize
+        step = max(align, TILE_BYTES // size // align * align)
         # Input pages, and the codes and scales, which are at most as large.
-        return [Tile(a, min(a + step, self.columns), 2 * column * min(step, self.columns - a)) for a in starts]
+        return [Tile(a, min(a + step, count), 2 * size * min(step, count - a)) for a in range(0, count, step)]
 
     def run(self, tile: Tile) -> TileOutput:
-        """Quantize a range of columns."""
+        """Quantize a range of rows or columns."""
         source = self.inputs[0].view()
         matrix = source if self.k_axis == 0 else source.T
-        spec, layout = self._spec, Layout(self.layout)
-        found = quantize_tile(matrix[:, tile.start : tile.stop], spec, self.scheme.method, None, layout)
+        part = slice(tile.start, tile.stop)
+        piece = matrix[part] if self._by_rows else matrix[:, part]
+        found = quantize_tile(piece, self._spec, self.scheme.method, None, Layout(self.layout))
         stats = {"sq_error": found.sq_error, "sq_weight": found.sq_weight, "nonfinite": float(found.nonfinite)}
         if found.first_nonfinite is not None:
-            k, n = divmod(found.first_nonfinite, tile.stop - tile.start)
-            n += tile.start
+            k, n = divmod(found.first_nonfinite, piece.shape[1])
+            k, n = (k + tile.start, n) if self._by_rows else (k, n + tile.start)
             stats["first_nonfinite"] = float(k * self.columns + n if self.k_axis == 0 else n * self.rows + k)
         arrays = self._stored(found.buffers)
         writes = [w for i, array in enumerate(arrays) for w in self._writes(i, array, tile)]
-        row = self.rows * source.dtype.itemsize
-        reads = None if self.k_axis == 0 else [(0, tile.start * row, tile.stop * row)]
+        contiguous = self._by_rows or self.k_axis == 1
+        line = (self.columns if self._by_rows else self.rows) * source.dtype.itemsize
+        reads = [(0, tile.start * line, tile.stop * line)] if contiguous else None
         return TileOutput(writes, stats, reads)
 
     def finish(self, stats: list[dict[str, float]]) -> dict[str, Any]:
@@ -159,6 +173,9 @@ class QuantizeJob(BlockJob):
     def _writes(self, index: int, array: np.ndarray[Any, Any], tile: Tile) -> list[tuple[int, int, Any]]:
         spec = self.outputs[index]
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        if self._by_rows:
+            lines = tile.start if index == 0 else tile.start // self.scheme.block
+            return [(index, lines * self.columns * bits_of(spec.onnx_dtype) // _BYTE, flat)]
         if self.layout != "blocked_kn":
             return [(index, spec.nbytes * tile.start // self.columns, flat)]
         if tile.stop - tile.start == self.columns:

@@ -121,6 +121,7 @@ class QuantizeWeights(Pass):
             ModelError: The model cannot be converted to the opset that the codes need.
         """
         change = Change()
+        infer_shapes(model)
         chosen = self._choose(model, change)
         if not chosen:
             return change
@@ -135,7 +136,6 @@ class QuantizeWeights(Pass):
         return change
 
     def _choose(self, model: Model, change: Change) -> list[tuple[WeightGroup, WeightScheme]]:
-        infer_shapes(model)
         exclude = compile_patterns(self.exclude, self.name)
         chosen = []
         for group in find_groups(model, change):
