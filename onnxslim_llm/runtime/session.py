@@ -6,6 +6,7 @@ onnxruntime is imported on first use: a compile without verification never loads
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -139,8 +140,9 @@ class Session:
         if not value.is_tensor():
             raise ModelError(f"an output is a {value.data_type()}, not a tensor", where=self.where)
         if value.data_type() == "tensor(bfloat16)":
-            buffer = (ctypes.c_char * value.tensor_size_in_bytes()).from_address(value.data_ptr())
-            return np.frombuffer(buffer, dtype=ml_dtypes.bfloat16).reshape(value.shape()).copy()
+            shape = value.shape()
+            buffer = (ctypes.c_char * (2 * math.prod(shape))).from_address(value.data_ptr())
+            return np.frombuffer(buffer, dtype=ml_dtypes.bfloat16).reshape(shape).copy()
         array: Array = value.numpy()
         return array
 

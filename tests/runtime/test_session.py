@@ -29,6 +29,7 @@ def test_bfloat16_goes_in_and_comes_out() -> None:
     session = open_session(model("g (bfloat16[N] x) => (bfloat16[N] y) { y = Identity(x) }"))
     x = np.array([1.5, -2.25, 0.0], ml_dtypes.bfloat16)
     y = session.run({"x": x})["y"]
+    assert session.run({"x": x[:0]})["y"].shape == (0,)
     assert y.dtype == ml_dtypes.bfloat16
     assert y.tolist() == x.tolist()
     assert session.inputs[0].dtype == np.dtype(ml_dtypes.bfloat16)
@@ -104,7 +105,7 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
     assert str(broken) in caught.value.where
 
 
-def test_missing_external_data_names_the_weight(tmp_path: Path) -> None:
+def test_missing_external_data_is_named(tmp_path: Path) -> None:
     proto = model("g (float[N] x) => (float[N] y) { y = Add(x, w) }")
     tensor = proto.graph.initializer.add(name="w", data_type=onnx.TensorProto.FLOAT, dims=[1])
     tensor.data_location = onnx.TensorProto.EXTERNAL
@@ -112,7 +113,7 @@ def test_missing_external_data_names_the_weight(tmp_path: Path) -> None:
     onnx.save(proto, tmp_path / "m.onnx")
     with pytest.raises(ModelError) as caught:
         open_session(tmp_path / "m.onnx")
-    assert "'w'" in caught.value.where
+    assert "gone.bin" in str(caught.value)
 
 
 def test_external_data_of_a_proto_is_found_in_base_dir(tmp_path: Path) -> None:
