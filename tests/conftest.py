@@ -18,6 +18,5 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 def sample_dir() -> Path:
     """The trained sample model: model.onnx, tokenizer.json, heldout.txt, calib.txt and its config files."""
     folder = Path(os.environ.get("ONNXSLIM_SAMPLE", ROOT / "models" / "stdlib-llama"))
-    if not (folder / "model.onnx").is_file():
-        pytest.skip(f"the sample model is not in {folder}")
+    assert (folder / "model.onnx").is_file(), f"the sample model is not in {folder}"
     return folder
