@@ -9,9 +9,9 @@ import onnx_graphsurgeon as gs
 from onnx import OperatorSetIdProto, defs
 
 from onnxslim_llm.errors import ModelError
+from onnxslim_llm.ir.versions import FIRST_IR_WITH_OPSETS
 
 __all__ = [
-    "FIRST_IR_WITH_OPSETS",
     "canonical",
     "check_opsets",
     "copy_imports",
@@ -20,10 +20,6 @@ __all__ = [
     "used_domains",
     "write_imports",
 ]
-
-
-FIRST_IR_WITH_OPSETS = 3
-"""Models of older IR versions have no opset imports; they are of opset 1."""
 
 
 def has_implied_opset(graph: gs.Graph) -> bool:

@@ -50,6 +50,8 @@ class MappedFile:
         if length == 0:
             return np.empty(0, np.uint8)
         mapped = self._mapped()
+        # A page that the file has lost ends the process with a bus error: look before each reading.
+        self._check(self.path)
         return np.frombuffer(mapped, np.uint8, count=length, offset=offset)
 
     def release(self, offset: int, length: int) -> None:
@@ -78,15 +80,22 @@ class MappedFile:
                 todo="check that the file is there and readable",
             ) from error
         try:
-            if _identity(os.fstat(descriptor)) != self.identity:
-                raise ResourceError(
-                    "a weight file has changed since the model was opened",
-                    where=str(self.path),
-                    todo="do not change the model's files during a compile",
-                )
+            self._check(descriptor)
             yield descriptor
         finally:
             os.close(descriptor)
+
+    def _check(self, place: Path | int) -> None:
+        try:
+            same = _identity(os.stat(place)) == self.identity
+        except OSError:
+            same = False
+        if not same:
+            raise ResourceError(
+                "a weight file has changed since the model was opened",
+                where=str(self.path),
+                todo="do not change the model's files during a compile",
+            )
 
     def _mapped(self) -> mmap.mmap:
         with self._lock:

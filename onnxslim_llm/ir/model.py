@@ -16,7 +16,6 @@ from onnxslim_llm.ir.check import check_model, check_text
 from onnxslim_llm.ir.copying import copy_graph
 from onnxslim_llm.ir.external import ExternalFiles, resolve_model_path
 from onnxslim_llm.ir.imports import (
-    FIRST_IR_WITH_OPSETS,
     canonical,
     check_opsets,
     copy_imports,
@@ -27,9 +26,11 @@ from onnxslim_llm.ir.imports import (
 )
 from onnxslim_llm.ir.names import NameSource
 from onnxslim_llm.ir.openfile import parse_file
-from onnxslim_llm.ir.reader import adopt, read_function, read_graph
-from onnxslim_llm.ir.skeleton import GraphSkeleton, copy_without, skeleton_of
+from onnxslim_llm.ir.reader import adopt, mark_overridable, read_function, read_graph
+from onnxslim_llm.ir.skeleton import copy_without
 from onnxslim_llm.ir.tensors import TensorReader
+from onnxslim_llm.ir.value_lists import listing_of
+from onnxslim_llm.ir.versions import FIRST_IR_WITH_CONSTANTS, FIRST_IR_WITH_OPSETS, ir_version_to_write
 from onnxslim_llm.ir.walk import all_constants, operator_name, with_subgraphs
 from onnxslim_llm.ir.weight import Weight
 from onnxslim_llm.ir.weights import weight_of
@@ -44,7 +45,6 @@ STUB_BYTES = 1 << 10
 """Initializers of more bytes than this are left out of protos without weights; smaller ones say shapes and axes."""
 
 _MODEL_LISTS = frozenset(["graph", "functions", "opset_import"])
-_OVERRIDABLE_SINCE_IR = 4
 
 
 class Model:
@@ -54,14 +54,14 @@ class Model:
         graph: The top graph; `graph.functions` are the model-local functions.
         path: The file it was opened from.
         notes: What was repaired or found unusual while reading, one sentence each.
-        skeleton: The ModelProto without graph, functions and opset imports.
+        skeleton: The ModelProto without graph, functions and opset imports; None if the model was not read from one.
     """
 
     def __init__(self, graph: gs.Graph, path: Path | None = None, skeleton: onnx.ModelProto | None = None) -> None:
         self.graph = graph
         self.path = path
         self.notes: list[str] = []
-        self.skeleton = onnx.ModelProto(ir_version=onnx.IR_VERSION) if skeleton is None else skeleton
+        self.skeleton = skeleton
         self._names: NameSource | None = None
 
     @property
@@ -207,7 +207,8 @@ class Model:
     def write(self, store: Store) -> onnx.ModelProto:
         """Return the model as a proto whose initializers are filled by `store`."""
         proto = onnx.ModelProto()
-        proto.CopyFrom(self.skeleton)
+        if self.skeleton is not None:
+            proto.CopyFrom(self.skeleton)
         graph = self.graph
         for field, value in (
             ("producer_name", graph.producer_name),
@@ -217,9 +218,14 @@ class Model:
             if value is not None and getattr(proto, field) != value:
                 setattr(proto, field, value)
         write_imports(proto.opset_import, graph)
+        version = int(proto.ir_version)
+        if version or self.skeleton is None:  # a model that was read without one stays so
+            types = {weight_of(tensor).onnx_dtype for tensor in self.constants()}
+            version = ir_version_to_write(version, types, bool(self.functions), proto.opset_import)
+            proto.ir_version = version
         writer = Writer(store)
         proto.graph.SetInParent()
-        writer.graph(proto.graph, graph)
+        writer.graph(proto.graph, graph, listing="as read" if not version else listing_of(version))
         for function in self.functions:
             writer.function(proto.functions.add(), function)
         return proto
@@ -284,13 +290,7 @@ def _build(proto: onnx.ModelProto, tensors: TensorReader, path: Path | None) -> 
         for item in missing_imports(scope):
             scope.import_domains.append(item)
             model.notes.append(f"domain '{item.domain}' was used but not imported; version {item.version} is assumed")
-    _mark_overridable(graph, int(proto.ir_version))
+    if proto.ir_version >= FIRST_IR_WITH_CONSTANTS:
+        mark_overridable(graph)
     model.check()
     return model
-
-
-def _mark_overridable(graph: gs.Graph, ir_version: int) -> None:
-    if ir_version >= _OVERRIDABLE_SINCE_IR:
-        for _, tensor in skeleton_of(graph, GraphSkeleton).inputs:
-            if isinstance(tensor, gs.Constant):
-                tensor.overridable = True

@@ -11,12 +11,12 @@ from onnxslim_llm.errors import ModelError
 from onnxslim_llm.ir.attributes import read_attribute
 from onnxslim_llm.ir.imports import copy_imports
 from onnxslim_llm.ir.ownership import used_ids
-from onnxslim_llm.ir.skeleton import FunctionSkeleton, GraphSkeleton, NodeSkeleton, copy_without
+from onnxslim_llm.ir.skeleton import FunctionSkeleton, GraphSkeleton, NodeSkeleton, copy_without, skeleton_of
 from onnxslim_llm.ir.tensors import TensorReader
 from onnxslim_llm.ir.values import variable
 from onnxslim_llm.ir.walk import with_subgraphs
 
-__all__ = ["TensorReader", "adopt", "describe", "read_function", "read_graph"]
+__all__ = ["TensorReader", "adopt", "describe", "mark_overridable", "read_function", "read_graph"]
 
 _GRAPH_LISTS = frozenset(
     ["node", "initializer", "sparse_initializer", "input", "output", "value_info", "quantization_annotation"]
@@ -146,6 +146,13 @@ def adopt(graph: gs.Graph, functions: list[gs.Function], imports: list[onnx.Oper
         item._functions = functions
         item.import_domains = imports
         item.opset = opset or item.opset
+
+
+def mark_overridable(graph: gs.Graph) -> None:
+    """Mark the initializers of a top graph that are listed as inputs: a caller may give them other values."""
+    for _, tensor in skeleton_of(graph, GraphSkeleton).inputs:
+        if isinstance(tensor, gs.Constant):
+            tensor.overridable = True
 
 
 def describe(node: gs.Node | onnx.NodeProto) -> str:

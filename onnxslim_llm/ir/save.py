@@ -151,9 +151,12 @@ def _write_data(
         # The earlier run was stopped after the data file was complete.
         path.rename(partial)
     done_before: list[Unit] = []
-    with DataFile(path, layout.size, keep=journal is not None) as file:
-        if journal is not None and file.kept:
-            done_before = [unit for unit in units if not unit.kept and journal.done(keys[id(unit)])]
+    if journal is not None:
+        done_before = [unit for unit in units if not unit.kept and journal.done(keys[id(unit)])]
+    # A partial file of another layout would leave its bytes in the gaps.
+    with DataFile(path, layout.size, keep=bool(done_before)) as file:
+        if not file.kept:
+            done_before = []
         report.resumed = [unit.name for unit in done_before]
         for unit in done_before:
             detail = journal.detail(keys[id(unit)]) if isinstance(journal, DetailJournal) else None

@@ -4,23 +4,44 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Iterable
+from typing import Literal
 
 import onnx
 import onnx_graphsurgeon as gs
 
+from onnxslim_llm.ir.ownership import is_overridable
 from onnxslim_llm.ir.skeleton import GraphSkeleton
 from onnxslim_llm.ir.values import assign, write_value
+from onnxslim_llm.ir.versions import FIRST_IR_WITH_CONSTANTS
 
-__all__ = ["alive_ids", "write_values"]
+__all__ = ["Listing", "alive_ids", "listing_of", "write_values"]
+
+Listing = Literal["as read", "overridable", "all"]
+"""Which initializers are listed among the inputs: those that were; of them only the overridable ones; new ones too."""
+
+
+def listing_of(ir_version: int) -> Listing:
+    """Return which initializers a top graph lists in an IR version."""
+    return "overridable" if ir_version >= FIRST_IR_WITH_CONSTANTS else "all"
 
 
 def write_values(
-    out: onnx.GraphProto, graph: gs.Graph, skeleton: GraphSkeleton | None, constants: list[gs.Constant]
+    out: onnx.GraphProto,
+    graph: gs.Graph,
+    skeleton: GraphSkeleton | None,
+    constants: list[gs.Constant],
+    listing: Listing,
 ) -> None:
     """Fill the lists of values of a graph; entries of tensors that are gone are left out."""
     stored = {id(constant) for constant in constants}
-    for tensor, entry in _inputs_in_order(graph, skeleton, stored):
+    listed_constants = {id(item) for item in constants if listing != "overridable" or is_overridable(item)}
+    for tensor, entry in _inputs_in_order(graph, skeleton, listed_constants):
         write_value(out.input.add(), tensor, "input", entry)
+    if listing == "all":
+        old = set() if skeleton is None else {id(item) for item in skeleton.initializers}
+        for constant in constants:
+            if id(constant) not in old:
+                write_value(out.input.add(), constant, "input")
     # One tensor may be several outputs, with different entries.
     outputs: dict[int, deque[onnx.ValueInfoProto]] = defaultdict(deque)
     for entry, tensor in [] if skeleton is None else skeleton.outputs:

@@ -15,7 +15,7 @@ from onnxslim_llm.ir.ownership import owned_constants
 from onnxslim_llm.ir.skeleton import FunctionSkeleton, GraphSkeleton, NodeSkeleton, copy_without, skeleton_of
 from onnxslim_llm.ir.sparse import SparseWeight
 from onnxslim_llm.ir.stored import ProtoWeight
-from onnxslim_llm.ir.value_lists import alive_ids, write_values
+from onnxslim_llm.ir.value_lists import Listing, alive_ids, write_values
 from onnxslim_llm.ir.values import assign, write_value
 from onnxslim_llm.ir.weight import Weight
 from onnxslim_llm.ir.weights import weight_of
@@ -69,8 +69,20 @@ class Writer:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def graph(self, out: onnx.GraphProto, graph: gs.Graph, outer: frozenset[int] = frozenset()) -> None:
+    def graph(
+        self,
+        out: onnx.GraphProto,
+        graph: gs.Graph,
+        outer: frozenset[int] = frozenset(),
+        listing: Listing = "as read",
+    ) -> None:
         """Fill `out` with a graph.
+
+        Args:
+            out: An empty proto.
+            graph: A graph.
+            outer: `id`s of constants that the graphs around it store.
+            listing: Which initializers are listed as inputs.
 
         Raises:
             ModelError: An attribute cannot be written.
@@ -90,7 +102,7 @@ class Writer:
                 self._sparse(out.sparse_initializer.add(), constant)
             else:
                 self.tensor(out.initializer.add(), constant, self._store)
-        write_values(out, graph, skeleton, constants)
+        write_values(out, graph, skeleton, constants, listing)
 
     def function(self, out: onnx.FunctionProto, function: gs.Function) -> None:
         """Fill `out` with a model-local function. New constants in its body become Constant nodes at its head.

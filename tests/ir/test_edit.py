@@ -378,7 +378,34 @@ def test_a_model_from_scratch():
     model = Model(gs.Graph([gs.Node("Abs", inputs=[x], outputs=[y])], [x], [y], opset=21))
     proto = written(model)
     assert [(item.domain, item.version) for item in proto.opset_import] == [("", 21)]
+    assert proto.ir_version == 10
     assert run(proto, x=np.float32([-1]))[0].tolist() == [1]
+
+
+def test_ir_version_rises_with_what_needs_it():
+    model = from_proto(text(CHAIN.replace("ir_version: 10", "ir_version: 7").replace('"" : 21', '"" : 14')))
+    assert model.to_proto().ir_version == 7
+    model.graph.nodes[0].inputs[1].values = np.ones(4, ml_dtypes.float8_e5m2)
+    assert model.to_proto().ir_version == 9
+    model.functions.append(gs.Function("F", "d", [], [], [], opset=14))
+    model.graph.nodes[0].inputs[1].values = np.ones(4, np.float32)
+    assert model.to_proto().ir_version == 8
+    model.graph.ir_version = 10
+    assert model.to_proto().ir_version == 10
+
+
+@pytest.mark.parametrize(("after", "listed"), [(3, ["w", "x", "v"]), (4, ["x"])])
+def test_initializers_of_old_models_are_all_inputs(after, listed):
+    proto = text(CHAIN.replace("ir_version: 10", "ir_version: 3").replace('"" : 21', '"" : 7'))
+    proto.graph.input.insert(0, helper.make_tensor_value_info("w", TensorProto.FLOAT, [4]))
+    model = from_proto(proto)
+    assert same(model.to_proto(), proto)
+    assert [tensor.name for tensor in model.graph.inputs] == ["x"]
+    model.graph.nodes[1].inputs[1] = gs.Constant("v", np.float32([1, 1, 1, 1]))
+    model.graph.ir_version = after
+    result = model.to_proto()
+    assert [item.name for item in result.graph.input] == listed
+    onnx.checker.check_model(result)
 
 
 def test_fresh_names():

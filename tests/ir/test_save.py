@@ -333,6 +333,15 @@ def test_resume_skips_what_is_done_only_if_it_is_the_same_work(tmp_path):
     assert save(FileJournal(tmp_path / "j1"), fingerprint="halve 2") == ([], 4)
 
 
+def test_a_partial_file_of_other_work_leaves_no_traces(tmp_path):
+    source = write_weights(tmp_path / "w.bin", 100, 300)  # ends 128 bytes before the next page
+    model = model_of(*derive(HalveJob(source, "w"))[:1], ArrayWeight(array(100_000)))
+    save_model(model, tmp_path / "a.onnx", EXTERNAL)
+    (tmp_path / "b.onnx.data.partial").write_bytes(b"x" * (tmp_path / "a.onnx.data").stat().st_size)
+    save_model(model, tmp_path / "b.onnx", EXTERNAL, journal=FileJournal(tmp_path / "j"))
+    assert (tmp_path / "a.onnx.data").read_bytes() == (tmp_path / "b.onnx.data").read_bytes()
+
+
 def test_a_job_with_a_small_output_is_not_skipped(tmp_path):
     source = write_weights(tmp_path / "w.bin", 1024, 300)
     save_model(model_of(*derive(HalveJob(source))), tmp_path / "m.onnx", journal=FileJournal(tmp_path / "j"))
