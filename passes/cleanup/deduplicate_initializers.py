@@ -52,6 +52,7 @@ class DeduplicateInitializers(Pass):
         - the initializer is an output of a graph, or the default of a graph input
         - it has a quantization annotation
         - it is sparse
+        - DequantizeLinear reads it: runtimes fuse that with the product behind it only if nobody else reads its inputs
     """
 
     name: ClassVar[str] = "deduplicate_initializers"
@@ -72,6 +73,8 @@ def _merge(graph: gs.Graph, outer: frozenset[int], known: _Groups, outputs: set[
         weight = weight_of(tensor)
         if isinstance(weight, SparseWeight) or id(tensor) in annotated or is_overridable(tensor):
             continue
+        if _is_dequantized(tensor):
+            continue
         group = groups.setdefault((weight.onnx_dtype, weight.shape, fingerprint(weight)), [])
         twin = next((other for other, content in group if equal_content(content, weight)), None)
         if twin is None:
@@ -86,6 +89,14 @@ def _merge(graph: gs.Graph, outer: frozenset[int], known: _Groups, outputs: set[
     for node in graph.nodes:
         for body in subgraphs(node):
             _merge(body, inner, groups, outputs, change)
+
+
+def _is_dequantized(tensor: gs.Tensor) -> bool:
+    """Return whether DequantizeLinear reads the tensor, as codes, zero points or (through a Cast) scales."""
+    return any(
+        node.op == "DequantizeLinear" or (node.op == "Cast" and _is_dequantized(node.outputs[0]))
+        for node in tensor.outputs
+    )
 
 
 def _annotated(graph: gs.Graph) -> set[int]:

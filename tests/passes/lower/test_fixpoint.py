@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from block_models import tied
+from block_models import fused, tied
 
 from onnxslim_llm.ir.model import Model, from_proto, open_model
 from onnxslim_llm.ir.save import save_model
@@ -36,3 +36,4 @@ def test_an_artifact_compiles_to_itself(target: Target, options: str, tmp_path: 
     first = compiled(from_proto(source), target, options, tmp_path / "first")
     second = compiled(open_model(tmp_path / "first" / "model.onnx"), target, "", tmp_path / "second")
     assert first == second
+    assert fused(tmp_path / "second" / "model.onnx", tmp_path)["MatMulNBits"] == 2
