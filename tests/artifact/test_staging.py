@@ -6,6 +6,8 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from onnxslim_llm.artifact.staging import Staging
 from onnxslim_llm.errors import CompilerBug, GateError, ModelError, ResourceError, UsageError
 
 Fill = Callable[[Path, int], Manifest]
+
+_NOBODY = 65534  # the user without rights, by convention
 
 
 def publish(out: Path, fill: Fill, version: int, *, force: bool = False) -> Staging:
@@ -196,11 +200,34 @@ def test_a_parent_that_is_a_file_is_a_resource_error(tmp_path: Path) -> None:
     assert "-o" in caught.value.todo
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_an_unwritable_parent_is_a_resource_error(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(ResourceError, match="permission denied"), Staging(tmp_path / "out"):
-        pytest.fail("the body must not run")
+def as_an_ordinary_user(action: Callable[[], None]) -> int:
+    """Run `action` in a child that is not root, whom no permission stops; 0 if it returned."""
+    child = os.fork()
+    if child == 0:
+        try:
+            if os.geteuid() == 0:
+                os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+            action()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("mode", [0o555, 0o000], ids=["not writable", "not even readable"])
+def test_a_closed_parent_is_a_resource_error(mode: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # not tmp_path, which belongs to this user alone
+        os.chmod(folder, mode)
+
+        def refused() -> None:
+            with pytest.raises(ResourceError, match="permission denied") as caught, Staging(Path(folder) / "out"):
+                pytest.fail("the body must not run")
+            assert "-o" in caught.value.todo
+
+        assert as_an_ordinary_user(refused) == 0
+        os.chmod(folder, 0o700)
+        assert os.listdir(folder) == []
 
 
 def test_a_link_to_a_folder_stays_a_link(tmp_path: Path, fill: Fill) -> None:
