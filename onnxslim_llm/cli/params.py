@@ -38,6 +38,15 @@ class _Size(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
+class _Path(click.Path):
+    """A path; an empty text is none, though it would mean the working folder to pathlib (an unset shell variable)."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 SIZE = _Size()
-PATH = click.Path(path_type=Path)
+PATH = _Path(path_type=Path)
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)

@@ -23,6 +23,7 @@ from onnxslim_llm.ir.wire import PLACE
 __all__ = ["InlineMap", "TensorReader"]
 
 _RAW = frozenset(["raw_data"])
+_AGAIN = "the file is broken: download it or export it again"
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class TensorReader:
 
     def weight(self, proto: TensorProto) -> tuple[Weight, TensorProto]:
         """Return the weight and the proto to write it back with."""
+        if proto.data_type == TensorProto.UNDEFINED:
+            raise ModelError("a tensor has no element type", where=f"tensor '{proto.name}'", todo=_AGAIN)
         if proto.data_location == TensorProto.EXTERNAL:
             for entry in proto.external_data:
                 if entry.key == "location" and entry.value in self._weights:
@@ -140,5 +143,5 @@ def _misfit(proto: TensorProto, has: str, wants: str) -> ModelError:
     return ModelError(
         f"a tensor's data does not fit its shape: {has}, {wants} wanted",
         where=f"tensor '{proto.name}', {dtypes.dtype_name(proto.data_type)} {list(proto.dims)}",
-        todo="the file is broken: download it or export it again",
+        todo=_AGAIN,
     )

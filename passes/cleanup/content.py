@@ -21,8 +21,9 @@ _BYTE = 8
 
 
 def is_readable(weight: Weight) -> bool:
-    """Return whether the content is there to be compared: not strings, nor work that has still to be done."""
-    return weight.onnx_dtype != TensorProto.STRING and not isinstance(weight.storage, DerivedWeight)
+    """Return whether the content is there to be compared: no strings or unknown types, nor work still to be done."""
+    dtype = dtypes.numpy_dtype(weight.onnx_dtype)
+    return dtype is not None and dtype.kind != "O" and not isinstance(weight.storage, DerivedWeight)
 
 
 def fingerprint(weight: Weight, transposed: bool = False) -> bytes:
