@@ -35,7 +35,7 @@ def infer_shapes(model: Model) -> SymbolicValues:
     """Fill in missing element types and shapes of the variables, in subgraphs too.
 
     What the model says is kept: a dimension is only filled in where it is unknown, or where a name becomes a number;
-    graph inputs are never changed, nor are outputs whose type is complete. Sizes are ints, names and sums of products
+    graph inputs are never changed, nor are outputs that have a type. Sizes are ints, names and sums of products
     of names ("past_sequence_length + sequence_length"), see `dims`. Variables about which the model said nothing are
     marked `inferred`: the writer leaves them out, so that inference does not make a file grow.
 
@@ -51,9 +51,10 @@ def infer_shapes(model: Model) -> SymbolicValues:
         proto = shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
     except (shape_inference.InferenceError, RuntimeError, ValueError) as error:
         model.notes.append(f"onnx's shape inference failed: {str(error).splitlines()[0]}")
-    _take_over(model.graph, proto.graph, top=True)
+    fixed = {id(t) for t in model.graph.inputs}
+    fixed |= {id(t) for t in model.graph.outputs if t.dtype is not None}
+    _take_over(model.graph, proto.graph, fixed)
     values = SymbolicValues(model)
-    fixed = {id(t) for t in (*model.graph.inputs, *model.graph.outputs)}
     for graph in model.graphs():
         for node in graph.nodes:
             for tensor in node.outputs:
@@ -70,19 +71,18 @@ def _forget_names(output: onnx.ValueInfoProto) -> None:
             dim.ClearField("dim_param")
 
 
-def _take_over(graph: gs.Graph, proto: onnx.GraphProto, top: bool) -> None:
+def _take_over(graph: gs.Graph, proto: onnx.GraphProto, fixed: set[int]) -> None:
     found = {entry.name: entry for entry in (*proto.value_info, *proto.output)}
-    inputs = {id(t) for t in graph.inputs}
     # The writer keeps the order of the nodes.
     for node, written in zip(graph.nodes, proto.node, strict=True):
         for tensor in node.outputs:
             entry = found.get(tensor.name)
-            if entry is not None and not tensor.is_empty() and id(tensor) not in inputs:
+            if entry is not None and not tensor.is_empty() and id(tensor) not in fixed:
                 _fill(tensor, entry)
         graphs = {attribute.name: attribute.g for attribute in written.attribute if attribute.HasField("g")}
         for name, value in node.attrs.items():
             if isinstance(value, gs.Graph):
-                _take_over(value, graphs[name], top=False)
+                _take_over(value, graphs[name], fixed)
 
 
 def _fill(tensor: gs.Variable, entry: onnx.ValueInfoProto) -> None:

@@ -183,10 +183,10 @@ class _Work:
         target: list[int] = []
         for axis in range(-wanted.size, 0):
             item = wanted[axis]
-            if isinstance(item, int):
-                target.append(item)
-            elif item is not None and -axis <= len(before) and before[axis] == item:
+            if item is not None and -axis <= len(before) and before[axis] == item:
                 target.append(1)
+            elif isinstance(item, int):
+                target.append(item)
             else:
                 return "it repeats by a size that is not known"
         return target

@@ -37,8 +37,6 @@ def _choice_fits(match: Match) -> Refusal | None:
 
 def _is_inference(match: Match) -> Refusal | None:
     node = match.root
-    if len(node.outputs) > 1 and not node.outputs[1].is_empty() and node.outputs[1].outputs:
-        return Refusal("the mask of the Dropout is used", node.outputs[1].name)
     if len(node.inputs) > 2 and not node.inputs[2].is_empty():
         training = constant_value(node.inputs[2])
         if training is None or bool(np.any(training)):
@@ -82,5 +80,11 @@ ARITHMETIC: tuple[Rule, ...] = (
     algebra("where(true, x, y) -> x", lambda op, x, y: op.Where(op.const("c"), x, y), lambda op, x: x, _all(True)),
     algebra("where(false, x, y) -> y", lambda op, x, y: op.Where(op.const("c"), x, y), lambda op, y: y, _all(False)),
     algebra("where(c, x, x) -> x", lambda op, c, x: op.Where(c, x, x), lambda op, x: x, _choice_fits),
-    algebra("dropout(x) -> x", lambda op, x: op.Dropout(x, _open_ended=True), lambda op, x: x, _is_inference),
+    algebra(  # not if its mask is used
+        "dropout(x) -> x",
+        lambda op, x: op.Dropout(x, _open_ended=True),
+        lambda op, x: x,
+        _is_inference,
+        keep_shared=False,
+    ),
 )
