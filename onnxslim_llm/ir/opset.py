@@ -8,8 +8,10 @@ back takes the node's place. Everything else stays as it was.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from functools import lru_cache
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import defs, version_converter
@@ -60,9 +62,9 @@ def convert_opset(model: Model, version: int) -> list[str]:
     if version < old:
         raise UsageError(f"the model has opset {old}: it cannot be converted down to {version}")
     changed: list[str] = []
-    if any(_needs_conversion(node, old, version) for graph in model.graphs() for node in graph.nodes):
-        infer_shapes(model)  # some conversions depend on ranks and types
     converter = _Converter(model, old, version)
+    if any(converter.may_change(node) for graph in model.graphs() for node in graph.nodes):
+        infer_shapes(model)  # some conversions depend on ranks and types
     for graph in list(model.graphs()):
         changed += converter.convert(graph)
     model.set_opset("", version)
@@ -91,15 +93,15 @@ class _Converter:
     def __init__(self, model: Model, old: int, new: int) -> None:
         self._model, self._old, self._new = model, old, new
         self._unchanged: set[bytes] = set()
+        self._kinds: dict[Hashable, bool] = {}
 
     def convert(self, graph: gs.Graph) -> list[str]:
         """Convert the nodes of one graph in place; return the names of those that others took the place of."""
         changed: list[str] = []
         nodes: list[gs.Node] = []
         for node in graph.nodes:
-            wanted = _needs_conversion(node, self._old, self._new)
             name = node.name or node.outputs[0].name
-            replacement = self._convert(node) if wanted else None
+            replacement = self._convert(node) if self.may_change(node) else None
             nodes.extend(replacement or [node])
             if replacement:
                 changed.append(name)
@@ -138,6 +140,45 @@ class _Converter:
                 todo="inline the function first (inline_functions)",
             )
         return _splice(self._model, node, from_proto(after).graph, inputs)
+
+    def may_change(self, node: gs.Node) -> bool:
+        """Return whether the node may need others in its place.
+
+        One without types, shapes and values is tried for all of its kind: what comes back unchanged then needs nothing.
+        """
+        if not _needs_conversion(node, self._old, self._new):
+            return False
+        kind = _kind(node)
+        if kind is None or any(node.op == op for op, _, _ in _WRONG):
+            return True
+        if kind not in self._kinds:
+            probe = _bare(node, self._old)
+            try:
+                changed = not _same(probe.graph, version_converter.convert_version(probe, self._new).graph)
+            except Exception:  # it depends on what the probe does not say
+                changed = True
+            self._kinds[kind] = changed
+        return self._kinds[kind]
+
+
+def _kind(node: gs.Node) -> Hashable | None:
+    """Return what nodes that are converted alike have in common; None if an attribute is more than a number or text."""
+    if not all(isinstance(v, str | int | float | list | tuple) for v in node.attrs.values()):
+        return None
+    present = tuple(tuple(not t.is_empty() for t in side) for side in (node.inputs, node.outputs))
+    return (node.op, present, repr(sorted(node.attrs.items())))
+
+
+def _bare(node: gs.Node, opset: int) -> onnx.ModelProto:
+    """Return a model of a node like this one, with float inputs of unknown shape."""
+    sides = [
+        [gs.Variable("" if t.is_empty() else f"{name}_{i}", np.dtype(np.float32)) for i, t in enumerate(side)]
+        for name, side in (("input", node.inputs), ("output", node.outputs))
+    ]
+    given, made = ([t for t in side if not t.is_empty()] for side in sides)
+    imports = [onnx.OperatorSetIdProto(domain="", version=opset)]
+    graph = gs.Graph([gs.Node(node.op, "", dict(node.attrs), *sides)], given, made, opset=opset, import_domains=imports)
+    return Model(graph).to_proto("inline")
 
 
 def _needs_conversion(node: gs.Node, old: int, new: int) -> bool:

@@ -56,10 +56,15 @@ def make_pass(name: str, options: Mapping[str, Any]) -> Pass:
             hint = did_you_mean(option, fields) if fields else "the pass takes no options"
             raise UsageError(f"pass '{name}' has no option '{option}'", todo=hint)
     try:
-        return TypeAdapter(kind).validate_python(dict(options))
+        return _adapter(kind).validate_python(dict(options))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join([name, *(str(p) for p in first["loc"])])
         raise UsageError(f"{where}: {first['msg']}", where=f"value {first.get('input')!r}") from error
     except (ValueError, TypeError) as error:
         raise UsageError(f"{name}: {error}") from error
+
+
+@cache
+def _adapter(kind: type[Pass]) -> TypeAdapter[Pass]:
+    return TypeAdapter(kind)
