@@ -23,10 +23,15 @@ class ExternalFiles:
     Args:
         folder: The folder of the model file. External locations are relative to it and may not leave it; None if the
             model is not from a file, and then it may have no external tensors.
+        model: The model file, if it may be a symbolic link: then the data files may be links to the folder where the
+            model really is, as in the cache of the Hugging Face hub.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, model: Path | None = None) -> None:
         self.folder = folder
+        self._homes = [] if folder is None else [os.path.realpath(folder)]
+        if model is not None:
+            self._homes.append(os.path.dirname(os.path.realpath(model)))
         self._files: dict[str, MappedFile] = {}
 
     def weight(self, proto: TensorProto) -> MappedWeight:
@@ -94,8 +99,7 @@ class ExternalFiles:
             self._files[str(path)] = known
         return known
 
-    @staticmethod
-    def _resolve(folder: Path, location: str, where: str) -> Path:
+    def _resolve(self, folder: Path, location: str, where: str) -> Path:
         refuse = ModelError(
             "external data outside of the model's folder is refused",
             where=f"{where}, location '{location}'",
@@ -103,11 +107,11 @@ class ExternalFiles:
         )
         if not location or "\0" in location:
             raise ModelError("external tensor without a location", where=where, todo=_AGAIN)
-        if PurePosixPath(location).is_absolute() or PureWindowsPath(location).anchor:
+        absolute = PurePosixPath(location).is_absolute() or PureWindowsPath(location).anchor
+        if absolute or os.path.normpath(location).split("/")[0] == "..":
             raise refuse
-        root = os.path.realpath(folder)
-        target = os.path.realpath(os.path.join(root, location))
-        if os.path.commonpath([root, target]) != root:
+        target = os.path.realpath(folder / location)
+        if not any(os.path.commonpath([home, target]) == home for home in self._homes):
             raise refuse
         path = Path(target)
         if path.exists() and not path.is_file():

@@ -34,7 +34,7 @@ class MappedFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = Path(os.path.abspath(path))  # the working directory may change
         status = os.stat(path)
         self.size = status.st_size
         self.identity = _identity(status)

@@ -258,7 +258,7 @@ def open_model(path: str | Path) -> Model:
     """
     file = resolve_model_path(path)
     proto, inline = parse_file(file)
-    return _build(proto, TensorReader(ExternalFiles(file.parent), inline), file)
+    return _build(proto, TensorReader(ExternalFiles(file.parent, file), inline), file)
 
 
 def _build(proto: onnx.ModelProto, tensors: TensorReader, path: Path | None) -> Model:

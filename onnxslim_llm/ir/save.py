@@ -6,7 +6,7 @@ their pages are dropped as tiles finish.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from google.protobuf.message import EncodeError
 from onnx import TensorProto
 
-from onnxslim_llm.errors import ModelError, ResourceError
+from onnxslim_llm.errors import ModelError, ResourceError, UsageError
 from onnxslim_llm.ir.datafile import DataFile, resource_errors, sync_folder, write_file
 from onnxslim_llm.ir.layout import Layout, plan_layout
 from onnxslim_llm.ir.model import INLINE_LIMIT, Model
@@ -66,6 +66,10 @@ class SaveOptions:
     external: Literal["auto"] | bool = "auto"
     fsync: bool = False
 
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise UsageError(f"{self.jobs} jobs cannot save anything", where="jobs", todo="use 1 or more")
+
 
 @dataclass
 class SaveReport:
@@ -74,7 +78,8 @@ class SaveReport:
     Attributes:
         files: The model file first, then the data file if there is one.
         bytes: Their size together.
-        weights: Statistics of the weight jobs by weight name, as the jobs' `finish` returned them.
+        weights: Statistics of the weight jobs by weight name, as the jobs' `finish` returned them. A second job of the
+            same name gets " (2)" behind it.
         bytes_read: Bytes of stored weights that were read in this run.
         bytes_written: Bytes that were written in this run.
         layout: Digest of the layout of the data file.
@@ -145,6 +150,7 @@ def _write_data(
     report: SaveReport,
 ) -> None:
     keys = {} if journal is None else {id(unit): unit.key(report.layout) for unit in units}
+    names = _unique_names(units)
     partial = path.with_name(path.name + ".partial")
     finished = journal is not None and all(journal.done(key) for key in keys.values())
     if finished and not partial.exists() and path.is_file():
@@ -157,18 +163,18 @@ def _write_data(
     with DataFile(path, layout.size, keep=bool(done_before)) as file:
         if not file.kept:
             done_before = []
-        report.resumed = [unit.name for unit in done_before]
+        report.resumed = [names[id(unit)] for unit in done_before]
         for unit in done_before:
             detail = journal.detail(keys[id(unit)]) if isinstance(journal, DetailJournal) else None
             if detail is not None:
-                report.weights[unit.name] = detail
+                report.weights[names[id(unit)]] = detail
         skip = {id(unit) for unit in done_before}
 
         def completed(unit: Unit) -> None:
             stats = unit.finish()
             report.bytes_read += unit.bytes_read
             if stats is not None:
-                report.weights[unit.name] = stats
+                report.weights[names[id(unit)]] = stats
             if journal is not None:
                 if stats is not None and isinstance(journal, DetailJournal):
                     journal.note(keys[id(unit)], stats)
@@ -182,8 +188,17 @@ def _write_data(
             if journal is None:
                 file.discard()
             raise
-    order = {unit.name: place for place, unit in enumerate(units)}
+    order = {name: place for place, name in enumerate(names.values())}
     report.weights = dict(sorted(report.weights.items(), key=lambda item: order[item[0]]))
+
+
+def _unique_names(units: list[Unit]) -> dict[int, str]:
+    count: Counter[str] = Counter()
+    names = {}
+    for unit in units:
+        count[unit.name] += 1
+        names[id(unit)] = unit.name if count[unit.name] == 1 else f"{unit.name} ({count[unit.name]})"
+    return names
 
 
 def _run(
@@ -209,6 +224,8 @@ def _run(
     stop = Event()
     pool = ThreadPoolExecutor(max_workers=options.jobs, thread_name_prefix="save")
     try:
+        if progress is not None:
+            progress(done, total)
         while waiting or running:
             while waiting and len(running) < options.jobs:
                 unit, index = waiting[0]

@@ -352,7 +352,27 @@ def test_locations_inside_of_the_folder_are_fine(tmp_path, monkeypatch):
             assert np.array_equal(open_model(path).graph.nodes[0].inputs[0].values, VALUES)
     # The folder of the model counts, never the working directory.
     monkeypatch.chdir(folder)
-    assert np.array_equal(open_model("model.onnx").graph.nodes[0].inputs[0].values, VALUES)
+    model = open_model("model.onnx")
+    monkeypatch.chdir("/")
+    assert np.array_equal(model.graph.nodes[0].inputs[0].values, VALUES)
+
+
+def test_the_cache_of_the_hugging_face_hub(tmp_path):
+    # snapshots/<revision>/name -> ../../blobs/<hash>, for the model and for its data.
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    write_external(linear(VALUES), blobs, RAW, {"location": "w.bin"}).rename(blobs / "1234")
+    (blobs / "w.bin").rename(blobs / "5678")
+    (snapshot / "model.onnx").symlink_to("../../blobs/1234")
+    (snapshot / "w.bin").symlink_to("../../blobs/5678")
+    assert np.array_equal(open_model(snapshot).graph.nodes[0].inputs[0].values, VALUES)
+    (tmp_path / "secret").write_bytes(RAW)
+    (snapshot / "w.bin").unlink()
+    (snapshot / "w.bin").symlink_to("../../secret")
+    fails(snapshot / "model.onnx", "outside of the model's folder", "tensor 'w'")
+    write_external(linear(VALUES), blobs, RAW, {"location": "../../blobs/5678"}).rename(blobs / "1234")
+    fails(snapshot / "model.onnx", "outside of the model's folder", "tensor 'w'")
 
 
 def test_strings_cannot_be_external(tmp_path):

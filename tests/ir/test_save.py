@@ -13,7 +13,7 @@ from ir_jobs import FileJournal, HalveJob, halved_model, model_of, write_weights
 from ir_samples import kitchen_sink, linear, same
 from onnx import TensorProto, numpy_helper
 
-from onnxslim_llm.errors import CompilerBug, ModelError, ResourceError
+from onnxslim_llm.errors import CompilerBug, ModelError, ResourceError, UsageError
 from onnxslim_llm.ir.jobs import TileOutput, derive
 from onnxslim_llm.ir.layout import plan_layout
 from onnxslim_llm.ir.model import from_proto, open_model
@@ -124,6 +124,20 @@ def test_jobs_write_all_their_outputs_and_tell_their_statistics(tmp_path):
 def _gaps(path: Path) -> int:
     places = [(int(item["offset"]), int(item["length"])) for item in entries(path).values() if item]
     return sum(offset for offset, _ in places[1:]) - sum(offset + length for offset, length in places[:-1])
+
+
+def test_two_jobs_of_one_name(tmp_path):
+    first, second = ArrayWeight(array(4096).reshape(64, 64)), ArrayWeight(array(4096, 1).reshape(64, 64))
+    report = save_model(
+        model_of(derive(HalveJob(first))[0], derive(HalveJob(second))[0]), tmp_path / "m.onnx", EXTERNAL
+    )
+    assert list(report.weights) == ["w", "w (2)"]
+    assert report.weights["w"] != report.weights["w (2)"]
+
+
+def test_no_jobs():
+    with pytest.raises(UsageError, match="0 jobs"):
+        SaveOptions(jobs=0)
 
 
 def test_the_number_of_jobs_changes_no_byte(tmp_path):
@@ -274,6 +288,16 @@ def test_a_changed_source_file_is_noticed(tmp_path):
     with pytest.raises(ResourceError, match="cannot read a weight file"):
         save_model(model_of(source), tmp_path / "m.onnx")
     assert os.listdir(tmp_path) == []
+
+
+def test_relative_paths_survive_a_change_of_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a").mkdir()
+    save_model(model_of(ArrayWeight(array(300_000))), "a/m.onnx", SaveOptions(external=False))
+    model = open_model("a/m.onnx")
+    monkeypatch.chdir("/")
+    save_model(model, tmp_path / "b.onnx")
+    assert (tmp_path / "b.onnx.data").read_bytes() == array(300_000).tobytes()
 
 
 def test_layout_needs_no_data_and_no_work(tmp_path):
