@@ -50,6 +50,7 @@ class LowerOrtCpu(Pass):
 
     name: ClassVar[str] = "lower_ort_cpu"
     group: ClassVar[str] = "lower"
+    lossless: ClassVar[bool] = False  # int8 activations; and without lowering there is no artifact to fall back to
 
     accuracy_level: Literal[0, 1, 2, 3, 4] = 4
 

@@ -43,6 +43,7 @@ class LowerPortable(Pass):
 
     name: ClassVar[str] = "lower_portable"
     group: ClassVar[str] = "lower"
+    lossless: ClassVar[bool] = False  # int8 activations; and without lowering there is no artifact to fall back to
 
     def apply(self, model: Model, context: Context) -> Change:
         """Replace all calls."""

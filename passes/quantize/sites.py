@@ -122,6 +122,7 @@ class _Search:
         self.roles = {id(constant): role for constant, role in constant_roles(model)}
         self.outputs = {id(tensor) for graph in model.graphs() for tensor in graph.outputs}
         self.overridable = _overridable(model)
+        self.told: set[tuple[str, str]] = set()
 
     def visit(self, node: gs.Node, graph: gs.Graph) -> None:
         if len(node.inputs) < 2:
@@ -140,12 +141,12 @@ class _Search:
             reason = "its rows reach the attention as they are: positions or biases, no embedding of tokens"
         reason = reason or self._reason(read, weight)
         if reason:
-            self.change.skip(read.constant.name, reason)
+            self._skip(read.constant.name, reason)
             return
         k_axis = _k_axis(node, read.transposed)
         if min(weight.shape) < SMALLEST_SIDE:
             k, n = weight.shape[k_axis], weight.shape[1 - k_axis]
-            self.change.skip(read.constant.name, f"K = {k} and N = {n}: a side below {SMALLEST_SIDE} is left as it is")
+            self._skip(read.constant.name, f"K = {k} and N = {n}: a side below {SMALLEST_SIDE} is left as it is")
             return
         key = (weight.key, k_axis)
         group = self.groups.setdefault(key, WeightGroup(read.constant.name, weight, k_axis))
@@ -155,12 +156,17 @@ class _Search:
         group.sites.append(Site(node, graph, computes_in, "embedding" if node.op == "Gather" else product))
         self.constants.setdefault(key, {})[id(read.constant)] = read.constant
 
+    def _skip(self, where: str, reason: str) -> None:
+        if (where, reason) not in self.told:  # a rotary table is looked up in every layer
+            self.told.add((where, reason))
+            self.change.skip(where, reason)
+
     def _explain(self, node: gs.Node, index: int) -> None:
         tensor = node.inputs[index]
         while isinstance(tensor, gs.Variable) and len(tensor.inputs) == 1:
             producer = tensor.inputs[0]
             if producer.op == "DequantizeLinear":
-                self.change.skip(producer.inputs[0].name, "it is quantized already")
+                self._skip(producer.inputs[0].name, "it is quantized already")
                 return
             if producer.op not in ("Transpose", "Cast", "Identity", "Reshape"):
                 return
@@ -168,7 +174,7 @@ class _Search:
         if node.op != "Gather":
             left = _read(node.inputs[0])
             if left is not None and len(weight_of(left.constant).shape) == 2:
-                self.change.skip(left.constant.name, "it is the left operand: blocks would run across rows")
+                self._skip(left.constant.name, "it is the left operand: blocks would run across rows")
 
     def _reason(self, read: _Read, weight: Weight) -> str:
         name = read.constant.name
@@ -196,7 +202,7 @@ class _Search:
             if other is None:
                 found.append(group)
             else:
-                self.change.skip(group.name, f"{other} reads it, too, as floats: it would be stored twice")
+                self._skip(group.name, f"{other} reads it, too, as floats: it would be stored twice")
         return found
 
     def _other_readers(self, tensor: gs.Tensor, accepted: set[int]) -> Iterator[str]:
