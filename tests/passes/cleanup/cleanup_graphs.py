@@ -60,11 +60,11 @@ def feeds(proto: onnx.ModelProto, sizes: Mapping[str, int] = SIZES, seed: int = 
         shape = [d.dim_value if d.HasField("dim_value") else sizes[d.dim_param] for d in tensor.shape.dim]
         dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
         if tensor.elem_type == TensorProto.BOOL:
-            found[value.name] = random.integers(0, 2, shape).astype(bool)
+            found[value.name] = np.asarray(random.integers(0, 2, shape)).astype(bool)
         elif np.issubdtype(dtype, np.integer):
-            found[value.name] = random.integers(0, 2, shape).astype(dtype)
+            found[value.name] = np.asarray(random.integers(0, 2, shape)).astype(dtype)
         else:
-            found[value.name] = (random.standard_normal(shape) + 0.5).astype(dtype)
+            found[value.name] = np.asarray(random.standard_normal(shape) + 0.5).astype(dtype)
     return found
 
 
