@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 from onnxslim_llm import __version__
 from onnxslim_llm.cli.run import PROGRAM
 
-__all__ = ["VERBS", "app"]
+__all__ = ["VERBS", "UnknownVerbError", "app"]
 
 VERBS = {
     "compile": "Turn a model into a small, fast, verified artifact.",
@@ -25,6 +26,14 @@ VERBS = {
 }
 
 _CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class UnknownVerbError(click.UsageError):
+    """A verb that does not exist; releases of click before 8.4 have no such error."""
+
+    def __init__(self, name: str, ctx: click.Context) -> None:
+        super().__init__(f"no such command '{name}'", ctx)
+        self.possibilities = get_close_matches(name, VERBS)
 
 
 class _LazyGroup(click.Group):
@@ -45,7 +54,7 @@ class _LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in VERBS and not args[0].startswith("-"):
-            raise click.exceptions.NoSuchCommand(args[0], possibilities=VERBS, ctx=ctx)
+            raise UnknownVerbError(args[0], ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

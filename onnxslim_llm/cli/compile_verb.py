@@ -8,7 +8,7 @@ from typing import Any, Literal
 import click
 
 from onnxslim_llm.cli.output import Output, output_options
-from onnxslim_llm.cli.params import PATH, SIZE
+from onnxslim_llm.cli.params import PATH, size_option
 
 __all__ = ["command"]
 
@@ -21,7 +21,7 @@ __all__ = ["command"]
 @click.option("--set", "settings", metavar="PASS.OPTION=VALUE", multiple=True, help="Change an option of the recipe.")
 @click.option("--calib", metavar="FILE|DIR", type=PATH, help="Text or .npz inputs to verify (and calibrate) with.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Threads. [default: all usable CPUs]")
-@click.option("--memory-limit", type=SIZE, help="Memory for weights in work, like 800MB.")
+@click.option("--memory-limit", metavar="SIZE", callback=size_option, help="Memory for weights in work, like 800MB.")
 @click.option(
     "--verify", type=click.Choice(["fast", "full", "off"]), default="fast", show_default=True, help="How thoroughly."
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-__all__ = ["FILE", "PATH", "SIZE", "parse_size"]
+__all__ = ["PATH", "parse_size", "size_option"]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -28,14 +28,12 @@ def parse_size(text: str) -> int:
     return size
 
 
-class _Size(click.ParamType[int]):
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return value if isinstance(value, int) else parse_size(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+def size_option(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """Callback of an option that takes a size."""
+    try:
+        return None if value is None else parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 class _Path(click.Path):
@@ -47,6 +45,4 @@ class _Path(click.Path):
         return super().convert(value, param, ctx)
 
 
-SIZE = _Size()
 PATH = _Path(path_type=Path)
-FILE = click.Path(path_type=Path, exists=True, dir_okay=False)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from types import TracebackType
 
 import click
-from click.exceptions import NoSuchCommand, NoSuchOption
 
 from onnxslim_llm.errors import SlimError
 
@@ -95,12 +94,12 @@ def _place(tb: TracebackType | None) -> str:
 def _usage(error: click.ClickException) -> tuple[str, str, str]:
     context = getattr(error, "ctx", None)
     where = context.command_path if context else PROGRAM
-    what = error.format_message() if not isinstance(error, NoSuchOption | NoSuchCommand) else error.message
-    hints = error.possibilities if isinstance(error, NoSuchOption | NoSuchCommand) else None
+    hints = getattr(error, "possibilities", None)
+    # With hints format_message() would tell them in the same line.
+    what = (error.message if hints else error.format_message()).rstrip(".")
     todo = f"{where} --help lists what there is"
     if hints:
         todo = "did you mean " + " or ".join(f"'{hint}'" for hint in hints) + "?"
-    what = what.rstrip(".")
     return what[:1].lower() + what[1:], where, todo
 
 

@@ -84,7 +84,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "what", "todo"),
     [
         (["complie"], "no such command 'complie'", "did you mean 'compile'?"),
-        (["compile", "m.onnx", "--tarjet", "x"], "no such option '--tarjet'", "did you mean '--target' or '--set'?"),
+        (["compile", "m.onnx", "--tarjet", "x"], "no such option", "did you mean '--target' or '--set'?"),
         (["compile"], "missing argument 'MODEL'", "onnxslim-llm compile --help lists what there is"),
         (["compile", "m.onnx", "--jobs", "0"], "invalid value for '--jobs': 0 is not in the range x>=1", None),
         (
@@ -94,6 +94,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["compile", "m.onnx", "--verify", "maybe"], "invalid value for '--verify': 'maybe' is not one of", None),
         (["passes", "no_such_pass"], "unknown pass 'no_such_pass'", None),
+        (["compile", "m.onnx", "-o", ""], "invalid value for '-o' / '--output': the path is empty", None),
         (["targets", "ort_cpu"], "unknown target 'ort_cpu'", "did you mean 'ort-cpu'"),
         (["inspect", "missing.onnx"], "no such file", None),
         (["generate", "missing", "--prompt", "x"], "no such file", None),
