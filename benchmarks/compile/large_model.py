@@ -17,7 +17,9 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,12 +37,15 @@ def run(arguments: list[str]) -> tuple[float, int]:
     Raises:
         SystemExit: It failed.
     """
-    start = time.perf_counter()
-    pid = os.spawnvp(os.P_NOWAIT, arguments[0], arguments)
-    _, status, usage = os.wait4(pid, 0)
-    seconds = time.perf_counter() - start
-    if status:
-        raise SystemExit(f"{' '.join(arguments)} failed: {os.waitstatus_to_exitcode(status)}")
+    with tempfile.TemporaryFile() as said:
+        start = time.perf_counter()
+        child = subprocess.Popen(arguments, stdout=said, stderr=said)
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds = time.perf_counter() - start
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            said.seek(0)
+            raise SystemExit(f"{' '.join(arguments)} failed:\n{said.read().decode(errors='replace')[-2000:]}")
     return seconds, usage.ru_maxrss * 1024
 
 
