@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from onnxslim_llm.artifact.durable import BackgroundSync, sync
 from onnxslim_llm.artifact.exchange import exchange
 from onnxslim_llm.artifact.folder import foreign_files, is_partial, remove_folder
 from onnxslim_llm.artifact.journal import JOURNAL_NAME, Journal
@@ -57,6 +58,7 @@ class Staging:
         self._source = source.resolve() if source else None
         self._force = force
         self._journal: Journal | None = None
+        self._sync = BackgroundSync()
         self._made_parents: list[Path] = []
         self._published = False
 
@@ -101,6 +103,10 @@ class Staging:
             if self._journal.resumed:
                 self.notes.append(f"resumed: {len(self._journal)} pieces of work were done already")
 
+    def written(self, path: Path) -> None:
+        """Say that a large file is complete: it goes to the disk in the background."""
+        self._sync.start(path)
+
     def publish(self) -> Path:
         """Make the partial folder DIR, in one step; the final path.
 
@@ -113,6 +119,7 @@ class Staging:
         with resource_errors(str(self.out)):
             self.journal.close()
             (self.directory / JOURNAL_NAME).unlink()
+            self._sync.finish(self.directory)
             if not self.out.exists():
                 os.rename(self.directory, self.out)
             elif exchange(self.directory, self.out):
@@ -121,6 +128,8 @@ class Staging:
                 self._replace_by_two_renames()
         self._published = True
         self._forget_failure()
+        with suppress(OSError):  # some file systems cannot sync a folder; the artifact is in place
+            sync(self.out.parent)
         return self.out
 
     def reject(self, manifest: Manifest) -> Path:
@@ -139,6 +148,7 @@ class Staging:
         if self._journal is not None:
             self._journal.close()
         resumable = isinstance(error, KeyboardInterrupt | ResourceError | OSError | MemoryError)
+        self._sync.close()
         begun = self._journal is not None  # before that, a folder of this name is not ours to remove
         if begun and not self._published and not resumable:
             self._discard(self.directory)
