@@ -11,11 +11,12 @@ from onnx import shape_inference
 from onnxslim_llm.ir.dims import Dim
 from onnxslim_llm.ir.symbolic import SymbolicValues, is_named
 from onnxslim_llm.ir.values import read_type
+from onnxslim_llm.ir.weights import weight_of
 
 if TYPE_CHECKING:
     from onnxslim_llm.ir.model import Model
 
-__all__ = ["SymbolicValues", "ensure_shapes", "infer_shapes"]
+__all__ = ["SymbolicValues", "ensure_shapes", "infer_shapes", "shape_of"]
 
 #: onnx's inference names the sizes that it does not know unk__0, unk__1, ...
 _UNKNOWN_PREFIX = "unk__"
@@ -23,12 +24,23 @@ _UNKNOWN_PREFIX = "unk__"
 
 def ensure_shapes(model: Model) -> None:
     """Run `infer_shapes` if an output of some node has no type or shape yet: after rewrites most have theirs."""
-    for graph in model.graphs():
-        for node in graph.nodes:
-            for tensor in node.outputs:
-                if not tensor.is_empty() and (tensor.dtype is None or tensor.shape is None):
-                    infer_shapes(model)
-                    return
+    made = (t for graph in model.graphs() for node in graph.nodes for t in node.outputs if not t.is_empty())
+    known = all("derived_shape" in tensor.__dict__ for tensor in model.graph.outputs)
+    if not known or any(tensor.dtype is None or tensor.shape is None for tensor in made):
+        infer_shapes(model)
+
+
+def shape_of(tensor: gs.Tensor) -> tuple[int | str | None, ...] | None:
+    """Return the shape that may be relied on, after `infer_shapes`; None if not even the rank is known.
+
+    For an output of the model it is what was derived, not what the exporter wrote.
+    """
+    if isinstance(tensor, gs.Constant):
+        return weight_of(tensor).shape
+    if tensor.type != "tensor_type":
+        return None
+    shape = tensor.__dict__.get("derived_shape", tensor.shape)
+    return None if shape is None else tuple(shape)
 
 
 def infer_shapes(model: Model) -> SymbolicValues:
@@ -37,7 +49,8 @@ def infer_shapes(model: Model) -> SymbolicValues:
     What the model says is kept: a dimension is only filled in where it is unknown, or where a name becomes a number;
     graph inputs are never changed, nor are outputs that have a type. Sizes are ints, names and sums of products
     of names ("past_sequence_length + sequence_length"), see `dims`. Variables about which the model said nothing are
-    marked `inferred`: the writer leaves them out, so that inference does not make a file grow.
+    marked `inferred`: the writer leaves them out, so that inference does not make a file grow. What is derived for an
+    output of the model is kept beside what it declares, see `shape_of`.
 
     Unknown operators are no error: what depends on them stays unknown.
 
@@ -61,6 +74,9 @@ def infer_shapes(model: Model) -> SymbolicValues:
                 shape = values.shape_of(tensor) if not tensor.is_empty() else None
                 if shape is not None and id(tensor) not in fixed:
                     _fill_shape(tensor, tuple(_written(dim) for dim in shape))
+    for tensor in model.graph.outputs:
+        shape = values.shape_of(tensor)
+        tensor.derived_shape = None if shape is None else tuple(_written(dim) for dim in shape)
     return values
 
 

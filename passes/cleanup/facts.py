@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from onnxslim_llm.ir import dtypes
+from onnxslim_llm.ir.shapes import shape_of
 from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.rewrite.constants import constant_value
 from onnxslim_llm.rewrite.matcher import Match
@@ -18,19 +18,13 @@ from onnxslim_llm.rewrite.rule import Refusal
 __all__ = ["constant_ints", "is_dropin", "known_shape", "onnx_type", "rank_of", "same_shape", "shape_of", "widens"]
 
 
-def shape_of(tensor: gs.Tensor) -> tuple[Any, ...] | None:
-    """Return the shape (ints, names, None), or None if it is not known."""
-    if isinstance(tensor, gs.Constant):
-        return weight_of(tensor).shape
-    if tensor.shape is None or getattr(tensor, "type", "tensor_type") != "tensor_type":
-        return None
-    return tuple(tensor.shape)
-
-
 def known_shape(tensor: gs.Tensor) -> tuple[int, ...] | None:
     """Return the shape if every dimension is a number, or None."""
     shape = shape_of(tensor)
-    return shape if shape is not None and all(isinstance(dim, int) for dim in shape) else None
+    if shape is None:
+        return None
+    numbers = tuple(dim for dim in shape if isinstance(dim, int))
+    return numbers if len(numbers) == len(shape) else None
 
 
 def rank_of(tensor: gs.Tensor) -> int | None:
@@ -53,19 +47,23 @@ def same_shape(a: gs.Tensor, b: gs.Tensor) -> bool:
 
 
 def is_dropin(match: Match, name: str) -> Refusal | None:
-    """Refuse unless the wildcard `name` has the shape of the root's output whatever the other operands are."""
-    kept, root = match[name], match.root
-    others = [t for t in root.inputs if t is not kept and not t.is_empty()]
-    rank = rank_of(kept)
-    scalars = all(
-        (shape := shape_of(t)) is not None
-        and math.prod(d if isinstance(d, int) else 0 for d in shape) == 1
-        and (not shape or (rank is not None and len(shape) <= rank))
-        for t in others
-    )
-    if scalars or same_shape(kept, match.outputs[0]):
+    """Refuse unless the wildcard `name` has the shape of the root's output, however the operands are broadcast."""
+    kept = match[name]
+    others = [t for t in match.root.inputs if t is not kept and not t.is_empty()]
+    if all(_broadcasts_into(t, kept) for t in others) or same_shape(kept, match.outputs[0]):
         return None
-    return Refusal("the other operand may broadcast it", match.outputs[0].name)
+    return Refusal("another operand may broadcast it", match.outputs[0].name)
+
+
+def _broadcasts_into(tensor: gs.Tensor, kept: gs.Tensor) -> bool:
+    """Return whether broadcasting the two surely gives the shape of `kept`."""
+    small, large = shape_of(tensor), shape_of(kept)
+    if small == ():
+        return True
+    if small is None or large is None or len(small) > len(large):
+        return False
+    pairs = zip(reversed(small), reversed(large), strict=False)
+    return all(mine == 1 or (mine is not None and mine != "" and mine == theirs) for mine, theirs in pairs)
 
 
 def constant_ints(tensor: gs.Tensor) -> list[int] | None:

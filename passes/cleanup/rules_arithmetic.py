@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from onnxslim_llm.passes.cleanup.facts import is_dropin, same_shape
+from onnxslim_llm.passes.cleanup.facts import is_dropin
 from onnxslim_llm.rewrite.constants import constant_value
 from onnxslim_llm.rewrite.matcher import Match
 from onnxslim_llm.rewrite.pattern import ConstantPattern
@@ -20,19 +20,12 @@ _x_fits = partial(is_dropin, name="x")
 
 def _all(value: bool) -> Callable[[Match], Refusal | None]:
     def check(match: Match) -> Refusal | None:
-        condition = constant_value(match["c"])
+        condition = constant_value(match.root.inputs[0])
         if condition is None or condition.size == 0 or not np.all(condition == value):
-            return Refusal("the condition is not the same everywhere", match["c"].name)
-        chosen = match["x" if value else "y"]
-        return None if same_shape(chosen, match.outputs[0]) else Refusal("the branch is broadcast", chosen.name)
+            return Refusal("the condition is not the same everywhere", match.root.inputs[0].name)
+        return is_dropin(match, "x" if value else "y")
 
     return check
-
-
-def _choice_fits(match: Match) -> Refusal | None:
-    return (
-        None if same_shape(match["x"], match.outputs[0]) else Refusal("the condition may broadcast it", match["c"].name)
-    )
 
 
 def _is_inference(match: Match) -> Refusal | None:
@@ -79,7 +72,7 @@ ARITHMETIC: tuple[Rule, ...] = (
     algebra("clip(x) -> x", lambda op, x: op.Clip(x), lambda op, x: x, _no_limits),
     algebra("where(true, x, y) -> x", lambda op, x, y: op.Where(op.const("c"), x, y), lambda op, x: x, _all(True)),
     algebra("where(false, x, y) -> y", lambda op, x, y: op.Where(op.const("c"), x, y), lambda op, y: y, _all(False)),
-    algebra("where(c, x, x) -> x", lambda op, c, x: op.Where(c, x, x), lambda op, x: x, _choice_fits),
+    algebra("where(c, x, x) -> x", lambda op, c, x: op.Where(c, x, x), lambda op, x: x, _x_fits),
     algebra(  # not if its mask is used
         "dropout(x) -> x",
         lambda op, x: op.Dropout(x, _open_ended=True),

@@ -96,7 +96,8 @@ def test_an_initializer_of_a_branch_gives_way_to_one_around_it_but_not_to_its_ne
         g (bool c, float[3] x) => (float[3] y) <float[3] a = {1, 2, 3}> {
             z = Add (x, a)
             y = If (c) <
-                then_branch = t () => (float[3] p) <float[3] b = {1, 2, 3}, float[3] k = {4, 5, 6}> { q = Mul (z, b) p = Mul (q, k) },
+                then_branch = t () => (float[3] p) <float[3] b = {1, 2, 3}, float[3] k = {4, 5, 6}> {
+                    q = Mul (z, b) p = Mul (q, k) },
                 else_branch = e () => (float[3] r) <float[3] m = {4, 5, 6}> { r = Sub (z, m) }>
         }"""
     after, change = apply(DeduplicateInitializers(), graph(text))

@@ -28,7 +28,7 @@ def test_chains_of_equal_nodes() -> None:
 )
 def test_equal_by_meaning(first: str, second: str) -> None:
     text = f"g (float[N, 4] x) => (float[N, 4] y) {{ {first}  {second}  s = Mul (a, b)  y = Add (x, s) }}"
-    after, change = apply(CSE(), graph(text, k=np.array(0.5, np.float32)))
+    _, change = apply(CSE(), graph(text, k=np.array(0.5, np.float32)))
     assert change.sites == ["b"]
 
 
@@ -124,7 +124,8 @@ def test_what_comes_later_around_a_branch_is_not_used_in_it() -> None:
 def test_a_dequantized_weight_keeps_a_node_for_each_user() -> None:
     text = """
         g (float[N, 2] x) => (float[N, 2] y) {
-            a = DequantizeLinear (q, s)  b = DequantizeLinear (q, s)  m = MatMul (x, a)  n = MatMul (x, b)  y = Add (m, n)
+            a = DequantizeLinear (q, s)  b = DequantizeLinear (q, s)
+            m = MatMul (x, a)  n = MatMul (x, b)  y = Add (m, n)
         }"""
     _, change = apply(CSE(), graph(text, q=np.array([[1, 2], [3, 4]], np.int8), s=np.array(0.5, np.float32)))
     assert not change

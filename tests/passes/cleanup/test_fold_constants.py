@@ -67,7 +67,10 @@ def test_constants_inside_of_a_branch() -> None:
         ("c = ConstantOfShape (shape)", {"shape": np.array([64, 64])}),
         ("c = Tile (one, shape)", {"one": np.ones((1, 1), np.float32), "shape": np.array([64, 64])}),
         ("c = Add (a, b)", {"a": np.ones((64, 1), np.float32), "b": np.ones((1, 64), np.float32)}),
-        ("r = Range (start, end, step)  c = Cast <to = 1> (r)", dict(zip(["start", "end", "step"], map(np.array, [0, 4096, 1]), strict=True))),
+        (
+            "r = Range (start, end, step)  c = Cast <to = 1> (r)",
+            dict(zip(["start", "end", "step"], map(np.array, [0, 4096, 1]), strict=True)),
+        ),
     ],
     ids=["Expand", "ConstantOfShape", "Tile", "broadcast", "Range"],
 )
@@ -105,7 +108,9 @@ def test_quantization_is_never_undone(make: str) -> None:
 
 
 def test_four_bit_constants_are_left() -> None:
-    proto = graph("g (float[2] x) => (float[2] y) { c = Cast <to = 1> (q)  y = Add (x, c) }", 21, 10, q=np.zeros(2, np.int8))
+    proto = graph(
+        "g (float[2] x) => (float[2] y) { c = Cast <to = 1> (q)  y = Add (x, c) }", 21, 10, q=np.zeros(2, np.int8)
+    )
     proto.graph.initializer[0].CopyFrom(onnx.helper.make_tensor("q", TensorProto.INT4, [2], [1, -2]))
     _, change = apply(FoldConstants(), proto)
     assert reasons(change) == {"c": "it reads a quantized tensor"}
@@ -122,7 +127,7 @@ def test_sparse_constants_are_left() -> None:
 
 
 def test_strings_are_left() -> None:
-    text = 'g (string[N] x) => (string[M] y) { y = Concat <axis = 0> (x, c) }'
+    text = "g (string[N] x) => (string[M] y) { y = Concat <axis = 0> (x, c) }"
     proto = graph(text, c=np.array(["a", "b"], object))
     proto.graph.node.insert(0, onnx.helper.make_node("Identity", ["c"], ["d"]))
     proto.graph.node[1].input[1] = "d"
@@ -144,12 +149,17 @@ def test_random_and_foreign_operators_are_left() -> None:
 
 
 def test_the_default_of_an_input_is_no_constant() -> None:
-    _, change = apply(FoldConstants(), graph("g (float[2] x, float a = {2.0}) => (float[2] y) { c = Neg (a)  y = Add (x, c) }"))
+    _, change = apply(
+        FoldConstants(), graph("g (float[2] x, float a = {2.0}) => (float[2] y) { c = Neg (a)  y = Add (x, c) }")
+    )
     assert not change
 
 
 def test_an_output_of_the_graph_is_left() -> None:
-    after, change = apply(FoldConstants(), graph("g (float[2] x) => (float[2] y, float c) <float a = {2.0}> { c = Neg (a)  y = Add (x, c) }"))
+    after, change = apply(
+        FoldConstants(),
+        graph("g (float[2] x) => (float[2] y, float c) <float a = {2.0}> { c = Neg (a)  y = Add (x, c) }"),
+    )
     assert ops(after) == {"Neg": 1, "Add": 1}
     assert reasons(change) == {"c": "its result is an output of the graph"}
 
@@ -215,7 +225,11 @@ def test_several_tiles_of_a_cast() -> None:
     ("make", "more", "reason"),
     [
         ("t = Cast <to = 11> (w)  ", {}, "the weight would become larger"),
-        ("e = Cast <to = 6> (w)  t = Cast <to = 11> (e)", {}, "it casts a large weight to or from a type that is no float"),
+        (
+            "e = Cast <to = 6> (w)  t = Cast <to = 11> (e)",
+            {},
+            "it casts a large weight to or from a type that is no float",
+        ),
         ("n = Neg (w)  t = Cast <to = 11> (n)", {}, "it computes on a large weight"),
         ("n = Mul (s, w)  t = Cast <to = 11> (n)", {"s": np.array(2, np.float32)}, "it computes on a large weight"),
     ],
@@ -226,7 +240,9 @@ def test_other_work_on_large_weights_is_left(make: str, more: dict[str, np.ndarr
     assert reason in reasons(change).values()
 
 
-@pytest.mark.parametrize("make", ["t = Transpose (w)", "h = Cast <to = 10> (w)  f = Cast <to = 1> (h)  t = Transpose (f)"])
+@pytest.mark.parametrize(
+    "make", ["t = Transpose (w)", "h = Cast <to = 10> (w)  f = Cast <to = 1> (h)  t = Transpose (f)"]
+)
 def test_a_shared_large_weight_is_not_stored_twice(make: str) -> None:
     text = f"""
         g (int64[N] ids, float[N, 256] x) => (float[N, 256] e, float[N, 128] y) {{

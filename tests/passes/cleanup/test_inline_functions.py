@@ -24,7 +24,7 @@ def test_functions_in_functions_and_names_that_stay_apart() -> None:
         Outer (p) => (q) { t = Exp (p)  u = local.Inner (t)  q = Abs (u) }
         <domain: "local", opset_import: ["" : 17]>
         Inner (p) => (q) { t = Sin (p)  q = Cos (t) }"""
-    after, change = inlined(text)
+    after, _change = inlined(text)
     assert ops(after) == {"Exp": 2, "Sin": 2, "Cos": 2, "Abs": 2, "Neg": 1}
     names = [name for node in after.graph.node for name in node.output]
     assert len(names) == len(set(names))
@@ -71,7 +71,9 @@ def test_an_input_that_is_handed_on_and_one_result_under_two_names() -> None:
         g (float[N] x) => (float[N] y, float[N] z, float[N] w) { y, z, w = local.F (x) }
         <domain: "local", opset_import: ["" : 17]>
         F (p) => (p, q, q) { q = Exp (p) }"""
-    proto = graph(HEADER + text.replace("(p, q, q)", "(p, q, r)").replace("q = Exp (p)", "q = Exp (p)  r = Identity (q)"))
+    proto = graph(
+        HEADER + text.replace("(p, q, q)", "(p, q, r)").replace("q = Exp (p)", "q = Exp (p)  r = Identity (q)")
+    )
     proto.functions[0].output[2] = "q"
     del proto.functions[0].node[1]
     model = model_of(proto)

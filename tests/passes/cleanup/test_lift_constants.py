@@ -58,7 +58,8 @@ def test_a_constant_that_only_branches_read_is_stored_once() -> None:
         g (bool c, float[3] x) => (float[3] y) {
             k = Constant <value = float[3] {1, 2, 3}> ()
             y = If (c) <
-                then_branch = a () => (float[3] p) { i = Constant <value_float = 2.0> ()  s = Add (x, k)  p = Mul (s, i) },
+                then_branch = a () => (float[3] p) {
+                    i = Constant <value_float = 2.0> ()  s = Add (x, k)  p = Mul (s, i) },
                 else_branch = b () => (float[3] q) { q = Sub (x, k) }>
         }"""
     after, change = apply(LiftConstants(), graph(text))

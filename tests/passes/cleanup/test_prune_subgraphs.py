@@ -51,7 +51,12 @@ def test_a_state_that_never_changes_is_read_from_outside() -> None:
 
 
 def test_its_final_value_is_its_first() -> None:
-    proto = loop("v9, w9, s", "v2 = Add (v, w)  e = Neg (v)", "r = ReduceSum (s)  t = Add (v9, r)  y = Mul (t, w9)", w2="float[4] w")
+    proto = loop(
+        "v9, w9, s",
+        "v2 = Add (v, w)  e = Neg (v)",
+        "r = ReduceSum (s)  t = Add (v9, r)  y = Mul (t, w9)",
+        w2="float[4] w",
+    )
     after, change = apply(PruneSubgraphs(), proto)
     assert change.sites == ["w9"]
     assert "z" in after.graph.node[-1].input
@@ -84,7 +89,13 @@ def test_a_state_that_is_used_stays() -> None:
 
 
 def test_an_output_of_the_graph_is_not_renamed() -> None:
-    proto = loop("v9, w9, s", "v2 = Add (v, w)  e = Neg (v)", "r = ReduceSum (s)  y = Add (v9, r)", w2="float[4] w", outputs="float[4] y, float[4] w9")
+    proto = loop(
+        "v9, w9, s",
+        "v2 = Add (v, w)  e = Neg (v)",
+        "r = ReduceSum (s)  y = Add (v9, r)",
+        w2="float[4] w",
+        outputs="float[4] y, float[4] w9",
+    )
     _, change = apply(PruneSubgraphs(), proto)
     assert not change
 
@@ -92,13 +103,16 @@ def test_an_output_of_the_graph_is_not_renamed() -> None:
 SCAN = """
     g (float[4] v, float[N, 4] x, float[N, 4] z) => ({outputs}) {{
         v9, p9, q9 = Scan <num_scan_inputs = 2, scan_output_directions = [0, 1], scan_input_directions = [1, 0],
-            body = b (float[4] s, float[4] a, float[4] c) => (float[4] s2, float[4] p, float[4] q) {{ {body} }}> (v, x, z)
+            body = b (float[4] s, float[4] a, float[4] c) => (float[4] s2, float[4] p, float[4] q) {{
+                {body} }}> (v, x, z)
         {after}
     }}"""
 
 
 def test_scan_outputs_and_the_attributes_that_list_them() -> None:
-    proto = graph(SCAN.format(outputs="float[N, 4] y", body="s2 = Add (s, a)  p = Neg (c)  q = Exp (s)", after="y = Add (q9, v9)"))
+    proto = graph(
+        SCAN.format(outputs="float[N, 4] y", body="s2 = Add (s, a)  p = Neg (c)  q = Exp (s)", after="y = Add (q9, v9)")
+    )
     after, change = apply(PruneSubgraphs(), proto)
     assert set(change.sites) == {"p9", "c"}
     scan = {a.name: a for a in after.graph.node[0].attribute}
@@ -109,7 +123,13 @@ def test_scan_outputs_and_the_attributes_that_list_them() -> None:
 
 
 def test_a_scan_keeps_something_to_scan() -> None:
-    proto = graph(SCAN.format(outputs="float[N, 4] y", body="s2 = Neg (s)  p = Exp (s)  q = Abs (s)", after="t = Add (p9, q9)  y = Add (t, v9)"))
+    proto = graph(
+        SCAN.format(
+            outputs="float[N, 4] y",
+            body="s2 = Neg (s)  p = Exp (s)  q = Abs (s)",
+            after="t = Add (p9, q9)  y = Add (t, v9)",
+        )
+    )
     after, change = apply(PruneSubgraphs(), proto)
     assert len(change.sites) == 1
     assert {a.name: a for a in after.graph.node[0].attribute}["num_scan_inputs"].i == 1

@@ -1,4 +1,5 @@
 """Each equation where it holds, and where it does not."""
+# ruff: noqa: E501 (one equation a line)
 
 from __future__ import annotations
 
@@ -128,7 +129,12 @@ def test_shapes_that_are_not_known_refuse() -> None:
 
 
 def test_an_output_keeps_its_name_and_a_passed_input_its_identity() -> None:
-    after, _ = apply(SimplifyAlgebra(), graph("g (float[N] x) => (float[N] y, float[N] z) { y = Add (x, k)  e = Exp (x)  z = Mul (e, l) }", k=ZERO, l=ONE))
+    after, _ = apply(
+        SimplifyAlgebra(),
+        graph(
+            "g (float[N] x) => (float[N] y, float[N] z) { y = Add (x, k)  e = Exp (x)  z = Mul (e, l) }", k=ZERO, l=ONE
+        ),
+    )
     assert [(n.op_type, n.output[0]) for n in after.graph.node] == [("Identity", "y"), ("Exp", "z")]
 
 

@@ -30,7 +30,7 @@ def test_a_gemm_is_told_to_transpose() -> None:
 
 def test_the_table_stays_whichever_comes_first() -> None:
     proto = graph(TEXT, head=TABLE.T.copy(), table=TABLE)
-    after, change = apply(TieWeights(), proto)
+    _after, change = apply(TieWeights(), proto)
     assert change.sites == ["head"]
 
 
@@ -58,7 +58,7 @@ def test_one_element_that_differs(place: tuple[int, int]) -> None:
 def test_many_rows() -> None:
     table = np.arange(5000 * 4, dtype=np.float32).reshape(5000, 4) / 1000
     text = TEXT.replace("32", "4").replace("96", "5000")
-    after, change = apply(TieWeights(), graph(text, table=table, head=table.T.copy()))
+    _after, change = apply(TieWeights(), graph(text, table=table, head=table.T.copy()))
     assert change
     other = table.copy()
     other[2047, 2] += 1
