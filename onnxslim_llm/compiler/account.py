@@ -35,6 +35,9 @@ from onnxslim_llm.rewrite.pipeline import PassRecord
 
 __all__ = ["Account", "ModelFigures", "describe", "make_manifest", "peak_rss_bytes"]
 
+_RUNTIME_DOMAIN = "com.microsoft::"
+"""ONNX Runtime's own operators: the onnx package does not define them, and everybody uses them."""
+
 
 @dataclass(frozen=True)
 class ModelFigures:
@@ -94,6 +97,9 @@ class Account:
         self.source_data = sorted(f for f in files if f.resolve() != self.source.resolve())
         for note in model.notes:
             self.note(note)
+        unknown = [name for name in model.unknown_ops() if not name.startswith(_RUNTIME_DOMAIN)]
+        if unknown:
+            self.note(f"kept as they are, since ONNX has no definition of them: {', '.join(unknown)}")
 
     def finished(self, model: Model, report: SaveReport, records: list[PassRecord]) -> None:
         """Take the figures of the artifact."""
@@ -205,5 +211,10 @@ def _pass_entry(record: PassRecord) -> PassEntry:
 
 def peak_rss_bytes() -> int:
     """Return the largest resident memory of this process so far, as the system counts it (mapped pages included)."""
+    try:  # the kernel's ru_maxrss starts with the memory of the process that started this one
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -18,9 +18,10 @@ from onnxslim_llm.artifact.sidefiles import carry_side_files
 from onnxslim_llm.artifact.staging import Staging
 from onnxslim_llm.compiler.account import Account, make_manifest
 from onnxslim_llm.compiler.defaults import default_output, default_recipe
+from onnxslim_llm.compiler.nonfinite import nonfinite_weights
 from onnxslim_llm.compiler.progress import Progress, Silent
 from onnxslim_llm.compiler.verification import Judge
-from onnxslim_llm.errors import GateError, UsageError
+from onnxslim_llm.errors import GateError, ModelError, UsageError
 from onnxslim_llm.ir.external import resolve_model_path
 from onnxslim_llm.ir.model import Model, open_model
 from onnxslim_llm.ir.save import SaveOptions, SaveReport, save_model
@@ -90,6 +91,7 @@ def compile(  # noqa: A001
     """
     start = time.perf_counter()
     progress = progress or Silent()
+    _check_level(verify)
     path = resolve_model_path(source)
     folder = Path(source).is_dir()
     goal = get_target(target)
@@ -184,7 +186,15 @@ class _Job:
             records = self._transform(model, rolled_back)
             report = self._save(model)
             self.account.finished(model, report, records)
-            verified = self.judge.judge(self.staging.directory / MODEL_NAME)
+            bad = nonfinite_weights(model)
+            for weight in bad:
+                self.account.note(f"{weight}; they are kept as they are")
+            try:
+                verified = self.judge.judge(self.staging.directory / MODEL_NAME)
+            except ModelError as error:
+                if bad:
+                    error.where = "; ".join(filter(None, [str(bad[0]), error.where]))  # most probably the reason
+                raise
             if verified is None or all(gate.ok for gate in verified.gates):
                 return verified
             guilty = self.judge.find_guilty([p for p in self.passes if p.name not in rolled_back])
@@ -220,6 +230,8 @@ class _Job:
             progress=lambda done, total: self.progress.advance(done),
             journal=self.staging.journal,
         )
+        for file in report.files:
+            self.staging.written(file)
         self.report_names = [os.path.relpath(f, self.staging.directory) for f in report.files]
         return report
 
@@ -238,12 +250,6 @@ class _Relay:
         self._progress.pass_finished(record)
 
 
-def check_verify_level(level: str) -> VerifyLevel:
-    """Return `level` if it is one.
-
-    Raises:
-        UsageError: It is none.
-    """
+def _check_level(level: str) -> None:
     if level not in ("fast", "full", "off"):
         raise UsageError(f"unknown verification level '{level}'", where="--verify", todo="use fast, full or off")
-    return level  # type: ignore[return-value]

@@ -76,7 +76,11 @@ class Judge:
         if self._level == "off":
             return None
         self._progress.stage("verify", None, "runs")
-        verifier = self._open()
+        try:
+            verifier = self._open()
+        except ModelError as error:
+            error.todo = "; ".join(filter(None, [error.todo, "--verify off compiles without running the model"]))
+            raise
         session = self._target.open(artifact, threads=self._threads)
         if self._recipe.gates == "lossless" and self._dequantizes(artifact):
             # The runtime fuses these nodes into kernels that round activations to int8, which is not our doing.

@@ -13,6 +13,7 @@ from onnx import TensorProto
 from onnxslim_llm.errors import ModelError
 from onnxslim_llm.ir.ownership import owned_constants, subgraphs
 from onnxslim_llm.ir.reader import describe
+from onnxslim_llm.ir.walk import with_subgraphs
 
 if TYPE_CHECKING:
     from onnxslim_llm.ir.model import Model
@@ -56,7 +57,24 @@ def check_model(model: Model) -> list[str]:
     notes: list[str] = []
     for graph in (model.graph, *model.functions):
         _check_graph(graph, frozenset(), notes)
+    _check_calls(model)
     return notes
+
+
+def _check_calls(model: Model) -> None:
+    """Check that no model-local function calls itself, directly or through others: ONNX has no recursion."""
+    names = {(function.domain, function.name) for function in model.functions}
+    calls = nx.DiGraph()
+    for function in model.functions:
+        for graph in with_subgraphs(function):
+            targets = {(node.domain, node.op) for node in graph.nodes} & names
+            calls.add_edges_from(((function.domain, function.name), target) for target in targets)
+    try:
+        cycle = nx.find_cycle(calls)
+    except nx.NetworkXNoCycle:
+        return
+    shown = " -> ".join(f"{domain}::{name}" for domain, name in [cycle[0][0], *(target for _, target in cycle)])
+    raise ModelError("a model-local function calls itself", where=f"functions {shown}", todo=_AGAIN)
 
 
 def _check_graph(graph: gs.Graph, outer: frozenset[str], notes: list[str]) -> None:

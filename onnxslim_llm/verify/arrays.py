@@ -55,8 +55,8 @@ def _fit(arrays: Mapping[str, Array], inputs: Sequence[TensorInfo], file: Path) 
                 raise UsageError(f"input '{info.name}' is {info.kind}, the file has {array.dtype}", where=str(file))
             array = array.astype(info.dtype)
         wanted = info.shape or ()
-        same_rank = len(wanted) == array.ndim
-        if not same_rank or any(isinstance(d, int) and d != n for d, n in zip(wanted, array.shape, strict=True)):
+        same_rank = len(wanted) == array.ndim or not wanted  # ONNX Runtime tells an unknown rank as a scalar
+        if not same_rank or any(isinstance(d, int) and d != n for d, n in zip(wanted, array.shape, strict=False)):
             raise UsageError(
                 f"input '{info.name}' has the shape {list(wanted)}, the file {list(array.shape)}", where=str(file)
             )

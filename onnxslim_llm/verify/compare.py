@@ -137,7 +137,11 @@ def compare(
             skipped.append((case.name, "the source itself gives NaN for some real tokens; they are left out"))
         used.append(case.name)
     if not collector.logits.tokens and not collector.nonfinite():
-        raise ModelError("the source gives no finite logits to compare with", where=name)
+        raise ModelError(
+            "the source gives no finite logits to compare with",
+            where=name,
+            todo="give other inputs with --calib, or look for NaN in the model's weights",
+        )
     greedy = None
     if plan.prompts is not None and plan.greedy_tokens:
         # Two logits that may each move by the lossless limit can swap places below twice this distance.
@@ -195,6 +199,10 @@ def _compare_tensors(source: Session, artifact: Session, plan: Plan, tell: Calla
         tell(done + 1)
     figures = collector.total.figures()
     if figures.count == 0 and not collector.nonfinite():
-        raise ModelError("the source gives no finite values to compare with", where=source.where)
+        raise ModelError(
+            "there is nothing to compare: the source gives no finite values",
+            where=source.where,
+            todo="give other inputs with --calib, or look for NaN in the model's weights",
+        )
     outputs = {name: sums.figures() for name, sums in collector.outputs.items()}
     return Comparison("tensors", tuple(used), plan.skipped, figures, outputs, collector.nonfinite())

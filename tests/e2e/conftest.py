@@ -14,9 +14,9 @@ import onnxslim_llm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from e2e_checks import Outcome  # noqa: E402 (the line above makes it importable)
-from e2e_models import decoder, save  # noqa: E402
-from reference_decoder import DecoderSpec, write  # noqa: E402
+from e2e_checks import Outcome
+from e2e_models import decoder, save
+from reference_decoder import DecoderSpec, write
 
 Cli = Callable[..., Outcome]
 

@@ -77,7 +77,9 @@ def test_damaged_bytes_never_end_in_a_bug(here: Cli, tmp_path: Path) -> None:
     """Whatever 1 to 3 wrong bytes do to a model, the command refuses it or makes something whole of it."""
     rng = np.random.default_rng(3)
     content = save(mlp(), tmp_path / "good.onnx").read_bytes()
-    head = len(content) - 2 * 128 * 128 * 4  # weights are numbers whatever their bytes are: damage what says what they are
+    head = (
+        len(content) - 2 * 128 * 128 * 4
+    )  # weights are numbers whatever their bytes are: damage what says what they are
     codes = set()
     for attempt in range(60):
         damaged = bytearray(content)
@@ -175,9 +177,7 @@ sys.exit(run(["compile", "m/model.onnx", "-o", "build", "--recipe", "int8"]))
 
 
 @pytest.mark.parametrize("how", ["cut", "overwrite"])
-def test_external_data_that_changes_during_the_compile(
-    tmp_path: Path, environment: dict[str, str], how: str
-) -> None:
+def test_external_data_that_changes_during_the_compile(tmp_path: Path, environment: dict[str, str], how: str) -> None:
     """In a process of its own: to read what a file has lost under its map would end it with a bus error."""
     save_external(mlp(), tmp_path / "m" / "model.onnx", "w.bin")
     done = subprocess.run(

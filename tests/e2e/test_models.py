@@ -43,7 +43,9 @@ def quantized_nodes(path: Path, target: str) -> int:
                 found += count(attribute.g)
         return found
 
-    return sum(n for kind, n in count(onnx.load(path, load_external_data=False).graph).items() if kind in _QUANTIZED[target])
+    return sum(
+        n for kind, n in count(onnx.load(path, load_external_data=False).graph).items() if kind in _QUANTIZED[target]
+    )
 
 
 def same_interface(source: Path, artifact: Path) -> None:
@@ -73,7 +75,9 @@ def test_models_that_are_no_decoders(here: Cli, tmp_path: Path, name: str, recip
     if recipe == "safe" or name in UNTOUCHED:
         same_results(source, artifact)
         before = onnx.load(source)
-        assert quantized_nodes(artifact, target) == sum(node.op_type in _QUANTIZED[target] for node in before.graph.node)
+        assert quantized_nodes(artifact, target) == sum(
+            node.op_type in _QUANTIZED[target] for node in before.graph.node
+        )
     elif name != "functions":
         assert quantized_nodes(artifact, target) > 0
 
@@ -150,7 +154,10 @@ def test_weights_that_are_quantized_already_stay_as_they_are(here: Cli, tmp_path
     model = OTHERS[kind]()
     source = save(model, tmp_path / "m.onnx")
     assert here("compile", source, "-o", "build", "--recipe", "int4").code == 0
-    kept = {t.name: numpy_helper.to_array(t).tobytes() for t in onnx.load(tmp_path / "build" / "model.onnx").graph.initializer}
+    kept = {
+        t.name: numpy_helper.to_array(t).tobytes()
+        for t in onnx.load(tmp_path / "build" / "model.onnx").graph.initializer
+    }
     for tensor in model.graph.initializer:
         if len(tensor.dims) > 1:
             assert kept[tensor.name] == numpy_helper.to_array(tensor).tobytes()
@@ -165,7 +172,12 @@ def test_names_metadata_and_documentation_survive(here: Cli, tmp_path: Path) -> 
     source = save(model, tmp_path / "m.onnx")
     assert here("compile", source, "-o", "build", "--recipe", "int4", "--target", "ort-cpu").code == 0
     found = onnx.load(tmp_path / "build" / "model.onnx")
-    assert (found.producer_name, found.doc_string, found.domain, found.model_version) == ("trainer", "for tests", "org.test", 7)
+    assert (found.producer_name, found.doc_string, found.domain, found.model_version) == (
+        "trainer",
+        "for tests",
+        "org.test",
+        7,
+    )
     assert {p.key: p.value for p in found.metadata_props} == {"licence": "none"}
     node = next(n for n in found.graph.node if n.op_type == "MatMulNBits")
     assert node.name.startswith("first/MatMul")  # another operator, so another node, but findable
