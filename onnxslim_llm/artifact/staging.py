@@ -49,12 +49,13 @@ class Staging:
 
     def __init__(self, out: Path, *, source: Path | None = None, force: bool = False) -> None:
         self.out = out.resolve()
-        self.directory = self.out.with_name(f".{self.out.name}.partial")
+        beside = self.out.parent  # not with_name(), which the root folder refuses before it can be refused with a reason
+        self.directory = beside / f".{self.out.name}.partial"
         self.notes: list[str] = []
         """What happened on the way that a user should know: recovered, discarded or resumed work."""
-        self._old = self.out.with_name(f".{self.out.name}.old")
-        self._failed = self.out.with_name(f"{self.out.name}.failed.json")
-        self._lock = FileLock(self.out.with_name(f".{self.out.name}.lock"))
+        self._old = beside / f".{self.out.name}.old"
+        self._failed = beside / f"{self.out.name}.failed.json"
+        self._lock = FileLock(beside / f".{self.out.name}.lock")
         self._source = source.resolve() if source else None
         self._force = force
         self._journal: Journal | None = None
