@@ -122,6 +122,8 @@ def divide(dividend: Dim, divisor: Dim) -> Dim | None:
         return dividend // divisor if divisor else None
     if divisor == 0:
         return None
+    if dividend == 0:
+        return 0
     parts = _terms(divisor)
     if len(parts) == 1:
         exact = _divide_by_monomial(dividend, *parts[0])

@@ -60,6 +60,7 @@ def infer_shapes(model: Model) -> SymbolicValues:
     proto = model.to_proto("omit")
     for output in proto.graph.output:
         _forget_names(output)
+    _forget_defaults(proto.graph)
     try:
         proto = shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
     except (shape_inference.InferenceError, RuntimeError, ValueError) as error:
@@ -85,6 +86,14 @@ def _forget_names(output: onnx.ValueInfoProto) -> None:
     if output.type.WhichOneof("value") == "tensor_type":
         for dim in output.type.tensor_type.shape.dim:
             dim.ClearField("dim_param")
+
+
+def _forget_defaults(graph: onnx.GraphProto) -> None:
+    # onnx's inference takes the default of an input for its value.
+    inputs = {entry.name for entry in graph.input}
+    for i in reversed(range(len(graph.initializer))):
+        if graph.initializer[i].name in inputs:
+            del graph.initializer[i]
 
 
 def _take_over(graph: gs.Graph, proto: onnx.GraphProto, fixed: set[int]) -> None:
