@@ -213,6 +213,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=Recipe.minutes)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--muon-lr", type=float, default=Recipe.muon_lr)
+    parser.add_argument("--long-at", type=float, default=Recipe.long_at, help="share of the run before long windows")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="threads of each process")
     args = parser.parse_args()
@@ -220,7 +221,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     load_streams(args.tokenizer, out / "tokens.npz")
     (out / "rendezvous").unlink(missing_ok=True)
-    recipe = Recipe(minutes=args.minutes, seed=args.seed, muon_lr=args.muon_lr)
+    recipe = Recipe(minutes=args.minutes, seed=args.seed, muon_lr=args.muon_lr, long_at=args.long_at)
     work = (args.processes, args.threads, out, args.tokenizer, recipe)
     spawn(train, args=work, nprocs=args.processes)  # type: ignore[no-untyped-call]
 
