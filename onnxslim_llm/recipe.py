@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tomllib
 from collections.abc import Iterable
 from importlib.resources import files
@@ -61,28 +62,39 @@ class Recipe(BaseModel):
     def load(cls, name_or_path: str | Path) -> Self:
         """Return a preset by name, or the recipe in a .toml file.
 
-        A file may start from another recipe with `extends = "preset"`: that one's passes come first.
+        A file may start from another recipe with `extends = "preset"` or a file's path, relative to its own: that one's
+        passes come first.
 
         Raises:
             UsageError: Unknown preset, unreadable file, or content that is no recipe.
         """
-        text, name = _read(str(name_or_path))
+        source = str(name_or_path)
+        return cls._load(os.path.normpath(source) if source.endswith(".toml") else source, ())
+
+    @classmethod
+    def _load(cls, source: str, extended_by: tuple[str, ...]) -> Self:
+        text, name = _read(source)
         try:
             data = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
-            raise UsageError(f"recipe '{name}' is not valid TOML: {error}", where=str(name_or_path)) from error
+            raise UsageError(f"recipe '{name}' is not valid TOML: {error}", where=source) from error
         base = data.pop("extends", None)
         data.setdefault("name", name)
         if base is not None:
-            parent = cls.load(base)
-            data["passes"] = [*(s.model_dump() for s in parent.passes), *data.get("passes", [])]
+            base, chain = str(base), (*extended_by, source)
+            if base.endswith(".toml"):
+                base = os.path.normpath(Path(source).parent / base)
+            if base in chain:
+                raise UsageError("recipes extend each other in a circle", where=" -> ".join([*chain, base]))
+            parent, own = cls._load(base, chain), data.get("passes", [])
+            data["passes"] = [*(s.model_dump() for s in parent.passes), *own] if isinstance(own, list) else own
             data.setdefault("gates", parent.gates)
         try:
             recipe = cls.model_validate(data)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(p) for p in first["loc"])
-            raise UsageError(f"recipe '{name}': {place}: {first['msg']}", where=str(name_or_path)) from error
+            raise UsageError(f"recipe '{name}': {place}: {first['msg']}", where=source) from error
         recipe.build()  # unknown passes and options are found now, not after minutes of work
         return recipe
 

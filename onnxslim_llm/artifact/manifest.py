@@ -57,6 +57,14 @@ def _finite(value: Any) -> Any:
 Figure = Annotated[float | None, BeforeValidator(_finite)]
 
 
+def _unicode(value: Any) -> Any:
+    """JSON is Unicode, a file's name may be any bytes: those that are no text become question marks."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
+PathText = Annotated[str, BeforeValidator(_unicode)]
+
+
 class _Record(BaseModel):
     # Additive schema: what a later version writes is kept, not refused.
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow", ser_json_inf_nan="null")
@@ -72,7 +80,7 @@ class Tool(_Record):
 class FileEntry(_Record):
     """One file. `path` is relative to the manifest's folder (a source's: to the source model's folder)."""
 
-    path: str
+    path: PathText
     bytes: int = Field(ge=0)
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
 
@@ -80,7 +88,7 @@ class FileEntry(_Record):
 class Source(_Record):
     """The model that was compiled. `sha256` is of the .onnx file itself; `bytes` counts its external data too."""
 
-    path: str
+    path: PathText
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     bytes: int = Field(ge=0)
     opset: dict[str, int] = Field(description="domain to version; the default domain is ''")
@@ -209,7 +217,7 @@ class Manifest(_Record):
     verify: Verify | None = None
     quality: Quality | None = None
     cost: Cost
-    notes: list[str] = Field(default_factory=list)
+    notes: list[PathText] = Field(default_factory=list)
 
     @property
     def failed_gates(self) -> list[Gate]:

@@ -49,7 +49,7 @@ class Staging:
 
     def __init__(self, out: Path, *, source: Path | None = None, force: bool = False) -> None:
         self.out = out.resolve()
-        beside = self.out.parent  # not with_name(), which the root folder refuses before it can be refused with a reason
+        beside = self.out.parent  # with_name() would refuse the root folder before we can say why
         self.directory = beside / f".{self.out.name}.partial"
         self.notes: list[str] = []
         """What happened on the way that a user should know: recovered, discarded or resumed work."""

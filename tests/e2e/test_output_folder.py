@@ -191,7 +191,7 @@ def test_a_failure_is_forgotten_after_a_success(here: Cli, tmp_path: Path, tiny:
     nothing_left(tmp_path, "build")
 
 
-# --- disks and rights: in a mount namespace of their own, which vanishes with the process -------------------------------
+# --- disks and rights: in a mount namespace of their own, which vanishes with the process -----------------------------
 
 
 def namespace() -> list[str] | None:
