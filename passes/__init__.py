@@ -10,6 +10,7 @@ from onnxslim_llm.passes.cleanup.deduplicate_initializers import DeduplicateInit
 from onnxslim_llm.passes.cleanup.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from onnxslim_llm.passes.cleanup.fold_constants import FoldConstants
 from onnxslim_llm.passes.cleanup.fold_shapes import FoldShapes
+from onnxslim_llm.passes.cleanup.inline_branches import InlineBranches
 from onnxslim_llm.passes.cleanup.inline_functions import InlineFunctions
 from onnxslim_llm.passes.cleanup.lift_constants import LiftConstants
 from onnxslim_llm.passes.cleanup.prune_subgraphs import PruneSubgraphs
@@ -32,6 +33,7 @@ PASSES: tuple[type[Pass], ...] = (
     FoldShapes,
     SimplifyAlgebra,
     EliminateCommonSubexpressions,
+    InlineBranches,
     PruneSubgraphs,
     TieWeights,
     InlineFunctions,

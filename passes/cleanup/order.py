@@ -12,6 +12,7 @@ CLEANUP = (
     "fold_shapes",  # after folding: its targets may have been arithmetic on constants
     "simplify_algebra",
     "eliminate_common_subexpressions",
+    "inline_branches",  # after shapes: that is where constant conditions come from
     "prune_subgraphs",
     "tie_weights",  # after folding: a transposed copy may have been a Transpose of a constant
 )
