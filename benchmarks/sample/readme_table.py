@@ -85,8 +85,8 @@ def table(records: list[dict[str, Any]], tokens: int) -> str:
     lines += [
         "",
         f"Measured {datetime.now(UTC):%Y-%m-%d} on {machine}, by `python benchmarks/sample/readme_table.py`: graph and "
-        f"weights; float32 weights with the tied embedding counted once; {tokens} held-out tokens; speed relative to the "
-        "source in ONNX Runtime, prompt of 256 tokens, KV cache in use.",
+        f"weights; float32 weights with the tied embedding counted once; {tokens} held-out tokens; speed relative to "
+        "the source in ONNX Runtime, prompt of 256 tokens, KV cache in use.",
     ]
     return "\n".join(lines)
 
