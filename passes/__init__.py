@@ -14,6 +14,7 @@ from onnxslim_llm.passes.cleanup.inline_branches import InlineBranches
 from onnxslim_llm.passes.cleanup.inline_functions import InlineFunctions
 from onnxslim_llm.passes.cleanup.lift_constants import LiftConstants
 from onnxslim_llm.passes.cleanup.prune_subgraphs import PruneSubgraphs
+from onnxslim_llm.passes.cleanup.raise_ir_version import RaiseIrVersion
 from onnxslim_llm.passes.cleanup.remove_dead_code import RemoveDeadCode
 from onnxslim_llm.passes.cleanup.simplify_algebra import SimplifyAlgebra
 from onnxslim_llm.passes.cleanup.tie_weights import TieWeights
@@ -26,6 +27,7 @@ __all__ = ["PASSES"]
 
 PASSES: tuple[type[Pass], ...] = (
     Cleanup,
+    RaiseIrVersion,
     LiftConstants,
     RemoveDeadCode,
     DeduplicateInitializers,

@@ -35,6 +35,7 @@ _TODO = "export the model with the newer opset"
 _WRONG = (
     ("Upsample", 9, "Resize places its samples differently by default"),
     ("Resize", 10, "it places its samples differently by default"),
+    ("Scan", 8, "it has no batch axis any more"),
     ("GroupNormalization", 20, "scale and bias are given per channel, no longer per group"),
 )
 
@@ -101,6 +102,7 @@ class _Converter:
         nodes: list[gs.Node] = []
         for node in graph.nodes:
             name = node.name or node.outputs[0].name
+            self._refuse_wrong(node)
             replacement = self._convert(node) if self.may_change(node) else None
             nodes.extend(replacement or [node])
             if replacement:
@@ -108,16 +110,19 @@ class _Converter:
         graph.nodes[:] = nodes
         return changed
 
-    def _convert(self, node: gs.Node) -> list[gs.Node] | None:
-        """Return the nodes that take the place of `node`, already connected; None if it can stay as it is."""
-        old, new, where = self._old, self._new, f"node '{node.name or node.outputs[0].name}'"
+    def _refuse_wrong(self, node: gs.Node) -> None:
+        old, new = self._old, self._new
         for op, last, what in _WRONG:
-            if node.op == op and old <= last < new:
+            if node.op == op and node.domain in _STANDARD and old <= last < new:
                 raise ModelError(
                     f"{op} cannot be converted from opset {old} to {new}: onnx's converter overlooks that {what}",
-                    where=where,
+                    where=_where(node),
                     todo=_TODO,
                 )
+
+    def _convert(self, node: gs.Node) -> list[gs.Node] | None:
+        """Return the nodes that take the place of `node`, already connected; None if it can stay as it is."""
+        old, new, where = self._old, self._new, _where(node)
         alone, inputs = _isolate(node, old)
         before = alone.to_proto("inline")
         key = before.SerializeToString(deterministic=True)
@@ -179,6 +184,10 @@ def _bare(node: gs.Node, opset: int) -> onnx.ModelProto:
     imports = [onnx.OperatorSetIdProto(domain="", version=opset)]
     graph = gs.Graph([gs.Node(node.op, "", dict(node.attrs), *sides)], given, made, opset=opset, import_domains=imports)
     return Model(graph).to_proto("inline")
+
+
+def _where(node: gs.Node) -> str:
+    return f"node '{node.name or node.outputs[0].name}'"
 
 
 def _needs_conversion(node: gs.Node, old: int, new: int) -> bool:

@@ -104,7 +104,7 @@ def _inline(model: Model, node: gs.Node, branch: gs.Graph, outputs: set[int]) ->
 
 
 def _rename_doubles(model: Model) -> None:
-    """Give new names to tensors of branches that have the name of another tensor: two branches may use the same ones."""
+    """Give new names to tensors that now share theirs with another tensor: two branches may use the same ones."""
     by_name: dict[str, dict[int, gs.Tensor]] = defaultdict(dict)
     for graph in model.graphs():
         for tensor in (*graph.inputs, *graph.outputs):

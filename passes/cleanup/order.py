@@ -5,7 +5,8 @@ from __future__ import annotations
 __all__ = ["CLEANUP"]
 
 CLEANUP = (
-    "lift_constants",  # first: everything else looks for initializers
+    "raise_ir_version",  # old models could not hold the initializers that others make
+    "lift_constants",  # early: everything else looks for initializers
     "remove_dead_code",  # before work is spent on what goes anyway; also sorts
     "deduplicate_initializers",  # before subexpressions: inputs are compared by identity
     "fold_constants",

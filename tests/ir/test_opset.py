@@ -178,6 +178,12 @@ def test_custom_domains_are_left() -> None:
             "g (float[1, 4, 2] x, float[2] a) => (float[1, 4, 2] y) {"
             " y = GroupNormalization <num_groups = 2> (x, a, a) }",
         ),
+        (
+            8,
+            "g (float[1, 4] v, float[1, 3, 4] x) => (float[1, 4] y, float[1, 3, 4] z) {"
+            " y, z = Scan <num_scan_inputs = 1, body = b (float[4] s, float[4] a) => (float[4] t, float[4] p)"
+            " { t = Add (s, a)  p = Neg (s) }> (, v, x) }",
+        ),
         (9, "g (float[1, 1, 2, 2] x, float[4] a) => (float[B, C, H, W] y) { y = Upsample (x, a) }"),
         (10, "g (float[1, 1, 2, 2] x, float[4] a) => (float[B, C, H, W] y) { y = Resize (x, a) }"),
     ],

@@ -48,8 +48,10 @@ def test_a_branch_that_hands_on_something_from_outside_or_a_constant() -> None:
     text = """
         g (float[N] x) => (float[N] y, float[N] z, float[1] w) {
             y, z, w = If (c) <
-                then_branch = t () => (float[N] p, float[N] p2, float[1] k) <float[1] k = {2.0}> { p = Exp (x)  p2 = Identity (p) },
-                else_branch = e () => (float[N] q, float[N] r, float[1] s) { q = Log (x)  r = Sin (x)  s = ReduceSum (x) }>
+                then_branch = t () => (float[N] p, float[N] p2, float[1] k) <float[1] k = {2.0}> {
+                    p = Exp (x)  p2 = Identity (p) },
+                else_branch = e () => (float[N] q, float[N] r, float[1] s) {
+                    q = Log (x)  r = Sin (x)  s = ReduceSum (x) }>
         }"""
     after, _ = apply(InlineBranches(), graph(text, c=YES))
     assert ops(after) == {"Exp": 1, "Identity": 2}
