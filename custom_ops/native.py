@@ -24,10 +24,10 @@ __all__ = ["ISAS", "Loaded", "best_isa", "load", "quantize_into", "supported_isa
 ISAS = ("auto", "scalar", "avx2", "avx512")
 """Instruction sets by their number in the C interface; "auto" is the best of this machine or ONNXSLIM_LLM_ISA's."""
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _DTYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
 _SCALE_DTYPES = {"float32": 0, "float16": 1}
-_METHODS = {"rtn": 0, "search": 1}
+_METHODS = {"rtn": 0, "search": 1, "hqq": 2}
 _LAYOUTS = {Layout.NBITS: 0, Layout.BLOCKED_KN: 1, Layout.BLOCKED_NK: 2}
 _ERRORS = {1: "an argument is out of range", 2: "out of memory", 3: "this machine lacks the instruction set"}
 

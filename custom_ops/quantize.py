@@ -15,7 +15,7 @@ from onnxslim_llm.custom_ops.layout import BlockSpec, Layout, TileBuffers, colum
 
 __all__ = ["BlockSpec", "Layout", "Method", "TileBuffers", "TileResult", "column_alignment", "quantize_tile"]
 
-Method = Literal["rtn", "search"]
+Method = Literal["rtn", "search", "hqq"]
 Array = npt.NDArray[Any]
 
 _WEIGHT_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
@@ -72,9 +72,10 @@ def quantize_tile(
         weight: W[K, n], float32, float16 or ml_dtypes.bfloat16, any strides: pass ``w.T`` for a weight stored [N, K].
         spec: bits, block, symmetry, type of the scales.
         method: "rtn" takes the range of each block; "search" looks for the scale and zero point with the least squared
-            error, at several times the cost.
-        importance: d[K], finite and not negative: the search minimises sum d[k] (w - dequantized)^2. Default all ones,
-            which gave a lower KL divergence than weights that grow with |w| on small Llamas at 3 and 4 bits.
+            error, at several times the cost; "hqq" for the scale with the least sum of |w - dequantized|^(1/2), which
+            large errors count less in.
+        importance: d[K], finite and not negative: weights of the terms of those sums. Default all ones, which gave a
+            lower KL divergence than weights that grow with |w| on small Llamas at 3 and 4 bits ("search").
         layout: the byte layout.
         out: buffers of the whole weight W[K, N] that this is a tile of; default: new ones for this tile alone.
         first_column: where the tile lies in ``out``; a multiple of :func:`column_alignment`.

@@ -3,7 +3,8 @@
 Every operation is one float32 operation per element, sums run in the order of k, and nothing is fused, so that any
 vector width gives the same bits. RTN is round-to-nearest over the block's range; search is the data-free weighted
 search of scale and zero point that the k-quants of llama.cpp made known: a grid of ranges, each with its least-squares
-scale (see :func:`_search`).
+scale (see :func:`_search`). HQQ is the splitting of Half-Quadratic Quantization (Badri and Shaji, 2023), applied to the
+scale instead of the zero point (see :func:`_hqq`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from onnxslim_llm.custom_ops.layout import BlockSpec, TileBuffers
 from onnxslim_llm.custom_ops.packing import pack, unpack
 
-__all__ = ["GRID_SLACK", "REFITS", "Statistics", "dequantize", "quantize_into"]
+__all__ = ["GRID_SLACK", "REFITS", "SPLITTING_STEPS", "Statistics", "dequantize", "quantize_into"]
 
 Floats = npt.NDArray[Any]  # float32 throughout; numpy's stubs turn quotients into float64
 Array = npt.NDArray[Any]
@@ -26,6 +27,10 @@ GRID_SLACK = (-1.0, -0.5, 0.5, 1.0, 2.0, 3.0, 4.5, 6.0)
 """Steps that the search adds to the range, in sixteenths of the number of codes."""
 REFITS = 2
 """Least-squares scales that the search tries after the grid."""
+SPLITTING_STEPS = 20
+"""Scales that the half-quadratic splitting tries after round-to-nearest's."""
+SPLITTING_WEIGHT = 8.0
+"""Of the quadratic term: residuals below SPLITTING_WEIGHT^(-2/3), a quarter of a step, are shrunk to 0."""
 
 _SUM_ROWS = 32  # float sums are carried on in double after so many rows
 _HALF_MAX = 65504.0
@@ -81,6 +86,8 @@ def quantize_into(
     affine = _round_to_nearest(blocks)
     if method == "search":
         affine = _search(blocks, affine, _cut_importance(importance, blocks))
+    elif method == "hqq":
+        affine = _hqq(blocks, affine, _cut_importance(importance, blocks))
     codes, sq_error, sq_weight = _encode(blocks, affine)
     pack(codes, affine.scale * blocks.unit, affine.zero, buffers, first_column, weight.shape[0])
     return Statistics(sq_error, sq_weight, int(bad.sum()), int(np.argmax(bad)) if bad.any() else None)
@@ -204,13 +211,56 @@ def _search(blocks: _Blocks, nearest: _Affine, importance: Floats) -> _Affine:
         error = _error(blocks, candidate, importance)
         better = error < best_error
         best_error = np.where(better, error, best_error)
-        best = _Affine(
-            np.where(better, candidate.scale, best.scale),
-            np.where(better, candidate.inverse, best.inverse),
-            np.where(better, candidate.zero, best.zero),
-        )
+        best = _where(better, candidate, best)
         scale, _gain = _fit(blocks, candidate, importance)
     return best
+
+
+def _hqq(blocks: _Blocks, nearest: _Affine, importance: Floats) -> _Affine:
+    """Lowers sum d |w - scale * (code - zero)|^(1/2) of each block by half-quadratic splitting.
+
+    With e standing for the residual w - scale * (code - zero), two steps alternate: e is the residual shrunk towards 0,
+    which takes the large ones out, and the scale is the least-squares one for the weights w - e. The best scale seen is
+    kept. The power 1/2 needs no more than a square root, which IEEE 754 rounds correctly.
+
+    HQQ re-estimates the zero point, as the mean of code - (w - e) / scale. Where zero points are integers that mean is
+    less than half a step away from the old one, unless most of the block is clipped, and rounds back to it.
+    """
+    best, candidate = nearest, nearest
+    best_error = np.full_like(blocks.low, np.inf)
+    for _ in range(SPLITTING_STEPS + 1):
+        error, scale = _split(blocks, candidate, importance)
+        better = error < best_error
+        best_error = np.where(better, error, best_error)
+        best = _where(better, candidate, best)
+        candidate = _affine(blocks, scale, nearest.zero)
+    return best
+
+
+def _split(blocks: _Blocks, affine: _Affine, importance: Floats) -> tuple[Floats, Floats]:
+    """One step of the splitting: the error of ``affine`` and the scale that follows it."""
+    error, correlation, energy = (np.zeros_like(blocks.low) for _ in range(3))
+    size = np.abs(affine.scale)
+    shrinkage = size * np.sqrt(size) * np.float32(1 / SPLITTING_WEIGHT)
+    for k in range(blocks.x.shape[1]):
+        x, code = blocks.x[:, k], _centred_code(blocks, affine, k)
+        residual = x - affine.scale * code
+        distance = np.abs(residual)
+        root = np.sqrt(distance)
+        outlier = np.maximum(distance - shrinkage / np.where(root > 0, root, np.float32(1)), 0)
+        weighted = importance[:, k] * code
+        error += importance[:, k] * root
+        correlation += weighted * (x - np.copysign(outlier, residual))
+        energy += weighted * code
+    return error, correlation / np.where(energy > 0, energy, np.float32(1))
+
+
+def _where(chosen: npt.NDArray[np.bool_], yes: _Affine, no: _Affine) -> _Affine:
+    return _Affine(
+        np.where(chosen, yes.scale, no.scale),
+        np.where(chosen, yes.inverse, no.inverse),
+        np.where(chosen, yes.zero, no.zero),
+    )
 
 
 def _encode(blocks: _Blocks, affine: _Affine) -> tuple[Array, float, float]:

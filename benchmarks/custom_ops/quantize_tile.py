@@ -42,6 +42,7 @@ def main() -> None:
     cases: list[tuple[str, Array, BlockSpec, str, Layout]] = [
         ("int4 block 32", half, BlockSpec(), "rtn", Layout.NBITS),
         ("int4 block 32, search", half, BlockSpec(), "search", Layout.NBITS),
+        ("int4 block 32, hqq", half, BlockSpec(), "hqq", Layout.NBITS),
         ("uint4 block 32", half, asymmetric, "rtn", Layout.NBITS),
         ("uint4 block 32, search", half, asymmetric, "search", Layout.NBITS),
         ("int4 block 32, DequantizeLinear", half, BlockSpec(), "rtn", Layout.BLOCKED_KN),

@@ -64,7 +64,9 @@ class QuantizeWeights(Pass):
         bits: Width of the codes: 2, 3, 4 or 8.
         block: Elements that share a scale: 16, 32, 64, 128, 256, or 0 for a whole column.
         symmetric: No zero points.
-        method: "rtn" takes each block's range; "search" looks for the scale with the least squared error.
+        method: "rtn" takes each block's range; "search" looks for the scale with the least squared error; "hqq" for
+            that with the least sum of |error|^(1/2), by half-quadratic splitting: it gives up large weights for the
+            others.
         embedding_bits: Bits of embedding tables; 0 leaves them alone. A table that is also the classifier's weight gets
             the larger of `embedding_bits` and `lm_head_bits`, or is left alone if either is 0.
         lm_head_bits: Bits of the product that makes the logits; 0 leaves it alone.
@@ -83,7 +85,7 @@ class QuantizeWeights(Pass):
     bits: int = 4
     block: int = 32
     symmetric: bool = True
-    method: Literal["rtn", "search"] = "search"
+    method: Literal["rtn", "search", "hqq"] = "search"
     embedding_bits: int = 8
     lm_head_bits: int = 8
     min_elements: int = 4096

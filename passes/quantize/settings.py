@@ -32,7 +32,7 @@ _BYTES = {"float32": 4, "float16": 2}
 
 BITS = (2, 3, 4, 8)
 BLOCKS = (0, 16, 32, 64, 128, 256)
-_METHODS = ("rtn", "search")
+_METHODS = ("rtn", "search", "hqq")
 _SCALE_TYPES = ("activation", "float16")
 _SCOPE_KEYS = ("match", "bits", "block", "symmetric", "method", "scale_dtype")
 
@@ -50,7 +50,7 @@ class Settings:
     bits: int
     block: int
     symmetric: bool
-    method: Literal["rtn", "search"]
+    method: Literal["rtn", "search", "hqq"]
     scale_dtype: ScaleType
 
     def in_scopes(self, scopes: Iterable[Mapping[str, Any]], names: Iterable[str]) -> Settings:

@@ -74,7 +74,7 @@ def assert_equal_bits(actual: TileBuffers, expected: TileBuffers) -> None:
 
 @given(
     spec=specs,
-    method=st.sampled_from(["rtn", "search"]),
+    method=st.sampled_from(["rtn", "search", "hqq"]),
     layout=st.sampled_from(list(Layout)),
     rows=st.integers(1, 90),
     columns=st.integers(1, 40),
@@ -125,12 +125,13 @@ def test_tiles_equal_the_whole(isa: str, spec: BlockSpec, layout: Layout, rows: 
     assert_equal_bits(by_reference, whole)
 
 
+@pytest.mark.parametrize("method", ["search", "hqq"])
 @pytest.mark.parametrize("layout", Layout)
-def test_a_weight_wider_than_the_walk(isa: str, layout: Layout) -> None:
+def test_a_weight_wider_than_the_walk(isa: str, layout: Layout, method: str) -> None:
     """More columns than a stripe and more rows than a chunk of the native walk."""
     spec = BlockSpec(4, 32, symmetric=False)
     weight = np.random.default_rng(0).standard_normal((300, 530)).astype(np.float16)
     expected, actual = (TileBuffers.allocate(spec, layout, *weight.shape) for _ in range(2))
-    wanted = reference.quantize_into(weight, expected, 0, "search", None)
-    assert native.quantize_into(weight, actual, 0, "search", None, isa) == wanted
+    wanted = reference.quantize_into(weight, expected, 0, method, None)
+    assert native.quantize_into(weight, actual, 0, method, None, isa) == wanted
     assert_equal_bits(actual, expected)

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, get_args
 
 import ml_dtypes
 import numpy as np
@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 import onnxslim_llm.custom_ops as custom_ops
 from onnxslim_llm.custom_ops import native
 from onnxslim_llm.custom_ops.packing import unpack
-from onnxslim_llm.custom_ops.quantize import BlockSpec, Layout, TileBuffers, TileResult, column_alignment, quantize_tile
+from onnxslim_llm.custom_ops.quantize import (
+    BlockSpec,
+    Layout,
+    Method,
+    TileBuffers,
+    TileResult,
+    column_alignment,
+    quantize_tile,
+)
 from onnxslim_llm.custom_ops.reference import dequantize
 
 Array = np.ndarray[Any, Any]
@@ -68,7 +76,7 @@ def test_nearest_code_for_the_stored_scale(spec: BlockSpec, rows: int, columns: 
 @settings(max_examples=100, deadline=None)
 def test_reported_error_is_the_error(spec: BlockSpec, rows: int, columns: int) -> None:
     weight = heavy_tailed(rows, columns, rows)
-    for method in ("rtn", "search"):
+    for method in get_args(Method):
         result = quantize_tile(weight, spec, method)
         assert result.sq_error == pytest.approx(squared_error(weight, result), rel=1e-5, abs=1e-12)
         assert result.sq_weight == pytest.approx((weight.astype(np.float64) ** 2).sum(), rel=1e-6)
@@ -85,6 +93,47 @@ def test_search_is_never_worse_than_rtn(spec: BlockSpec, rows: int, columns: int
         difference = weight.astype(np.float64) - dequantize(result.buffers)
         errors[method] = (importance[:, None] * difference**2).sum(axis=0)
     assert (errors["search"] <= errors["rtn"] * (1 + ERROR_SLACK) + 1e-12).all()
+
+
+def roots_of_errors(weight: Array, result: TileResult, importance: Array | None = None) -> Array:
+    """What "hqq" lowers, [columns]; differences in float32, as in the quantizer, because roots magnify small ones."""
+    roots = np.sqrt(np.abs(weight - dequantize(result.buffers)).astype(np.float64))
+    return (roots if importance is None else importance[:, None] * roots).sum(axis=0)
+
+
+@given(spec=specs, rows=st.integers(1, 300), columns=st.integers(1, 20), weighted=st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_hqq_is_never_worse_than_rtn(spec: BlockSpec, rows: int, columns: int, weighted: bool) -> None:
+    weight = heavy_tailed(rows, columns, rows)
+    importance = np.random.default_rng(rows).gamma(0.5, size=rows).astype(np.float32) if weighted else None
+    nearest, split = (quantize_tile(weight, spec, method, importance) for method in ("rtn", "hqq"))
+    allowed = roots_of_errors(weight, nearest, importance) * (1 + 2 * ERROR_SLACK)
+    assert (roots_of_errors(weight, split, importance) <= allowed).all()
+
+
+@pytest.mark.parametrize(("bits", "gain"), [(2, 0.87), (3, 0.92), (4, 0.975)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_hqq_pays(bits: int, gain: float, symmetric: bool) -> None:
+    """The fewer the bits, the more: on normal weights in blocks of 128 the roots of errors fall by at least so much."""
+    weight, spec = normal(1024, 32), BlockSpec(bits, 128, symmetric)
+    nearest, split = (roots_of_errors(weight, quantize_tile(weight, spec, m)).sum() for m in ("rtn", "hqq"))
+    assert split <= gain * nearest
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_hqq_gives_up_outliers_for_the_others(symmetric: bool) -> None:
+    weight, spec = heavy_tailed(1024, 32), BlockSpec(3, 128, symmetric)
+    nearest, split = (np.abs(weight - dequantize(quantize_tile(weight, spec, m).buffers)) for m in ("rtn", "hqq"))
+    assert split.max() > nearest.max()
+    assert np.median(split) < 0.9 * np.median(nearest)
+
+
+def test_hqq_moves_the_error_to_rows_that_matter_less() -> None:
+    weight, spec = heavy_tailed(256, 64), BlockSpec(3, 32)
+    importance = np.tile([100.0, 1.0], 128).astype(np.float32)
+    plain, weighted = quantize_tile(weight, spec, "hqq"), quantize_tile(weight, spec, "hqq", importance)
+    important = importance > 1
+    assert roots_of_errors(weight, weighted, important).sum() < 0.98 * roots_of_errors(weight, plain, important).sum()
 
 
 @pytest.mark.parametrize(("bits", "gain"), [(2, 0.80), (3, 0.90), (4, 0.95)])
@@ -129,7 +178,7 @@ def test_quantizing_again_changes_nothing(spec: BlockSpec, rows: int, columns: i
     assert again.sq_error <= (np.finfo(np.float16).eps * 2**spec.bits) ** 2 * again.sq_weight
 
 
-@pytest.mark.parametrize("method", ["rtn", "search"])
+@pytest.mark.parametrize("method", get_args(Method))
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_zero_blocks(method: str, symmetric: bool) -> None:
     weight = normal(96, 5)
@@ -150,12 +199,13 @@ def test_asymmetric_keeps_zero_exact() -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_nonfinite_weights_are_reported_and_taken_as_zero(dtype: type, value: float) -> None:
+@pytest.mark.parametrize("method", get_args(Method))
+def test_nonfinite_weights_are_reported_and_taken_as_zero(dtype: type, value: float, method: Method) -> None:
     weight = normal(70, 40).astype(dtype)
     clean = weight.copy()
     for k, n in ((69, 3), (5, 39), (5, 38)):
         weight[k, n], clean[k, n] = value, 0
-    result, expected = quantize_tile(weight, BlockSpec()), quantize_tile(clean, BlockSpec())
+    result, expected = quantize_tile(weight, BlockSpec(), method), quantize_tile(clean, BlockSpec(), method)
     assert (result.nonfinite, result.first_nonfinite) == (3, 5 * 40 + 38)
     assert (expected.nonfinite, expected.first_nonfinite) == (0, None)
     np.testing.assert_array_equal(result.codes, expected.codes)
@@ -181,14 +231,15 @@ def test_half_scales_saturate_and_underflow() -> None:
     assert (unpack(small.buffers)[0] == 8).all()
 
 
-def test_threads_that_fill_one_buffer() -> None:
+@pytest.mark.parametrize("method", ["search", "hqq"])
+def test_threads_that_fill_one_buffer(method: Method) -> None:
     weight, spec = normal(256, 512), BlockSpec(4, 32, False)
-    whole = quantize_tile(weight, spec, "search", layout=Layout.BLOCKED_KN)
+    whole = quantize_tile(weight, spec, method, layout=Layout.BLOCKED_KN)
     shared = TileBuffers.allocate(spec, Layout.BLOCKED_KN, *weight.shape)
 
     def work(first: int) -> TileResult:
         tile = weight[:, first : first + 64]
-        return quantize_tile(tile, spec, "search", layout=Layout.BLOCKED_KN, out=shared, first_column=first)
+        return quantize_tile(tile, spec, method, layout=Layout.BLOCKED_KN, out=shared, first_column=first)
 
     with ThreadPoolExecutor(4) as pool:
         tiles = list(pool.map(work, range(0, 512, 64)))
@@ -255,12 +306,13 @@ def test_describe_names_what_is_in_use(isa: str) -> None:
     assert isa in native.supported_isas()
 
 
-def test_without_the_library_the_reference_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", get_args(Method))
+def test_without_the_library_the_reference_gives_the_same(monkeypatch: pytest.MonkeyPatch, method: Method) -> None:
     weight = normal(70, 9)
-    here = quantize_tile(weight, BlockSpec(4, 32, False), "search")
+    here = quantize_tile(weight, BlockSpec(4, 32, False), method)
     monkeypatch.setattr(native, "load", lambda: native.Loaded(None, "not built"))
     assert not custom_ops.available()
     assert custom_ops.describe() == "not built"
-    fallback = quantize_tile(weight, BlockSpec(4, 32, False), "search")
+    fallback = quantize_tile(weight, BlockSpec(4, 32, False), method)
     np.testing.assert_array_equal(fallback.codes, here.codes)
     assert fallback.sq_error == here.sq_error

@@ -6,11 +6,11 @@
 
 #define OSL_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Raised whenever a struct below changes; the Python side refuses a library of another version.
-#define OSL_ABI_VERSION 1
+// Raised whenever a struct or an enum below changes; the Python side refuses a library of another version.
+#define OSL_ABI_VERSION 2
 
 enum OslDtype { OSL_FLOAT32 = 0, OSL_FLOAT16 = 1, OSL_BFLOAT16 = 2 };
-enum OslMethod { OSL_RTN = 0, OSL_SEARCH = 1 };
+enum OslMethod { OSL_RTN = 0, OSL_SEARCH = 1, OSL_HQQ = 2 };
 // Byte layouts are specified in custom_ops/layout.py.
 enum OslLayout { OSL_NBITS = 0, OSL_BLOCKED_KN = 1, OSL_BLOCKED_NK = 2 };
 enum OslIsa { OSL_ISA_AUTO = 0, OSL_ISA_SCALAR = 1, OSL_ISA_AVX2 = 2, OSL_ISA_AVX512 = 3 };

@@ -46,8 +46,8 @@ bool within(int32_t value, int32_t last) { return value >= 0 && value <= last; }
 bool valid(const OslTileArgs& a) {
     const bool known_bits = a.bits == 2 || a.bits == 3 || a.bits == 4 || a.bits == 8;
     const bool known_enums = within(a.weight_dtype, OSL_BFLOAT16) && within(a.scale_dtype, OSL_FLOAT16) &&
-                             within(a.symmetric, 1) && within(a.method, OSL_SEARCH) &&
-                             within(a.layout, OSL_BLOCKED_NK) && within(a.isa, OSL_ISA_AVX512);
+                             within(a.symmetric, 1) && within(a.method, OSL_HQQ) && within(a.layout, OSL_BLOCKED_NK) &&
+                             within(a.isa, OSL_ISA_AVX512);
     const bool known_shape = a.rows >= 1 && a.columns >= 1 && a.block >= 1 && (a.block <= 256 || a.block == a.rows) &&
                              a.first_column >= 0 && a.first_column + a.columns <= a.total_columns;
     const bool buffers = a.weight && a.codes && a.scales && (a.symmetric || a.zero_points);

@@ -3,6 +3,7 @@
 #include "packing/write_codes.h"
 #include "packing/write_scales.h"
 #include "quantize/affine.h"
+#include "quantize/half_quadratic.h"
 #include "quantize/kernel.h"
 #include "quantize/load_panel.h"
 #include "quantize/search.h"
@@ -26,8 +27,12 @@ void normalize(float* panel, int64_t rows, const Unit& unit) {
 Affine choose_affine(const OslTileArgs& args, const Scheme& scheme, const Unit& unit, Range range, const float* panel,
                      int64_t row, int64_t rows) {
     if (args.method == OSL_RTN) return round_to_nearest(scheme, unit, range);
-    if (args.importance == nullptr) return search_scale<false>(scheme, unit, range, panel, nullptr, rows);
-    return search_scale<true>(scheme, unit, range, panel, args.importance + row, rows);
+    if (args.importance == nullptr) {
+        const auto choose = args.method == OSL_SEARCH ? search_scale<false> : split_scale<false>;
+        return choose(scheme, unit, range, panel, nullptr, rows);
+    }
+    const auto choose = args.method == OSL_SEARCH ? search_scale<true> : split_scale<true>;
+    return choose(scheme, unit, range, panel, args.importance + row, rows);
 }
 
 void add_to(double* sums, Floats addend) {

@@ -44,11 +44,20 @@ inline Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
 inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 inline Floats clamp(Floats x, Floats low, Floats high) { return minimum(maximum(x, low), high); }
 inline Floats absolute(Floats x) { return (Floats)((Ints)x & 0x7FFFFFFF); }
+inline Floats with_sign(Floats size, Floats of) { return (Floats)((Ints)size | ((Ints)of & ~0x7FFFFFFF)); }
 
 // Rounds to the nearest integer, ties to even, for |x| <= 2^22: beyond 1.5 * 2^23 a float has no fraction left.
 inline Floats round_even(Floats x) {
     const Floats shift = splat(12582912.0f);
     return (x + shift) - shift;
+}
+
+// Correctly rounded, for x >= 0. Compilers turn the loop into one instruction.
+inline Floats square_root(Floats x) {
+    float lanes[kWidth];
+    store(lanes, x);
+    for (int i = 0; i < kWidth; i++) lanes[i] = __builtin_sqrtf(lanes[i]);
+    return load<Floats>(lanes);
 }
 
 inline bool any(Ints mask) {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "quantize/affine.h"
+#include "quantize/weigh.h"
 
 namespace osl {
 namespace OSL_ISA {
@@ -20,11 +21,6 @@ struct Fit {
     Floats correlation;  // A
     Floats energy;       // C
 };
-
-template <bool kWeighted>
-inline Floats weigh(const float* importance, int64_t k, Floats x) {
-    return kWeighted ? importance[k] * x : x;
-}
 
 template <bool kWeighted>
 Fit fit_codes(const Scheme& scheme, const float* panel, const float* importance, int64_t rows, const Affine& affine) {
