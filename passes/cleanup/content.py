@@ -43,7 +43,9 @@ def fingerprint(weight: Weight, transposed: bool = False) -> bytes:
         view = weight.view()
         sample = view[np.ix_(*_grid(view.shape))] if view.ndim else view
         sample = sample.T if transposed else sample
-    return hashlib.sha256(np.ascontiguousarray(sample).tobytes()).digest()
+    found = hashlib.sha256(np.ascontiguousarray(sample).tobytes()).digest()
+    weight.release()
+    return found
 
 
 def equal_content(a: Weight, b: Weight) -> bool:

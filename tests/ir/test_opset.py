@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from cleanup.torchscript_decoder import feeds as decoder_feeds
 from onnx import numpy_helper, parser, version_converter
 
 from onnxslim_llm.errors import ModelError, UsageError
-from onnxslim_llm.ir.model import Model, from_proto
+from onnxslim_llm.ir.model import Model, from_proto, open_model
 from onnxslim_llm.ir.opset import convert_opset
 
 #: The converter rewrites layouts and attributes, not sums: float32 results are equal up to a reordered reduction.
@@ -208,3 +209,21 @@ def test_wrong_versions() -> None:
     with pytest.raises(UsageError, match="unknown"):
         convert_opset(graph, 10_000)
     assert convert_opset(graph, 18) == []
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [13, 17, 20])
+def test_a_decoder_that_torch_exported(opset: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))  # models/ is no part of the package
+    from models import export
+    from models.llama import Llama, LlamaConfig
+
+    monkeypatch.setattr(export, "OPSET", opset)
+    torch.manual_seed(0)
+    s = Sizes(layers=2, hidden=64, ffn=96, heads=4, kv_heads=2, vocab=128)
+    decoder = Llama(LlamaConfig(s.vocab, s.hidden, s.ffn, s.layers, s.heads, s.kv_heads, s.head)).eval()
+    export.export(decoder, tmp_path / "model.onnx", "torchscript")
+    _, changed = converted(open_model(tmp_path / "model.onnx"), decoder_feeds(s, 2, 3, 4))
+    assert len(changed) == (5 if opset < 18 else 0)  # the ReduceMean of each norm
