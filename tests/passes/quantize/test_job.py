@@ -5,7 +5,7 @@ import pytest
 from block_models import weights
 from onnx import TensorProto
 
-from onnxslim_llm.custom_ops.quantize import BlockSpec, Layout, quantize_tile
+from onnxslim_llm.custom_ops.quantize import BlockSpec, Layout, Method, quantize_tile
 from onnxslim_llm.errors import ModelError
 from onnxslim_llm.ir import dtypes
 from onnxslim_llm.ir.jobs import derive
@@ -127,10 +127,11 @@ def test_identity_does_not_depend_on_the_layout() -> None:
     assert first.identity != other.identity
 
 
-def test_the_report_of_a_weight() -> None:
-    job = make(128, 64, "blocked_kn", method="rtn")
+@pytest.mark.parametrize("method", ["rtn", "search", "hqq"])
+def test_the_report_of_a_weight(method: Method) -> None:
+    job = make(128, 64, "blocked_kn", method=method)
     report = job.finish([job.run(tile).stats for tile in job.tiles()])
-    expected = quantize_tile(weights(1, 128, 64), BlockSpec(), "rtn", None, Layout.BLOCKED_KN)
+    expected = quantize_tile(weights(1, 128, 64), BlockSpec(), method, None, Layout.BLOCKED_KN)
     assert report["sq_error"] == expected.sq_error
     assert report["relative_error"] == pytest.approx((expected.sq_error / expected.sq_weight) ** 0.5)
     assert (report["bits"], report["block"]) == (4, 32)
