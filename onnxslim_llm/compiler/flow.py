@@ -18,10 +18,10 @@ from onnxslim_llm.artifact.sidefiles import carry_side_files
 from onnxslim_llm.artifact.staging import Staging
 from onnxslim_llm.compiler.account import Account, make_manifest
 from onnxslim_llm.compiler.defaults import default_output, default_recipe
-from onnxslim_llm.compiler.nonfinite import nonfinite_weights
+from onnxslim_llm.compiler.nonfinite import NonFinite, nonfinite_weights
 from onnxslim_llm.compiler.progress import Progress, Silent
-from onnxslim_llm.compiler.verification import Judge
-from onnxslim_llm.errors import GateError, ModelError, UsageError
+from onnxslim_llm.compiler.verification import Judge, may_roll_back
+from onnxslim_llm.errors import CompilerBug, GateError, ModelError, UsageError
 from onnxslim_llm.ir.external import resolve_model_path
 from onnxslim_llm.ir.model import Model, open_model
 from onnxslim_llm.ir.save import SaveOptions, SaveReport, save_model
@@ -142,14 +142,23 @@ def compile(  # noqa: A001
 def _gate_error(manifest: Manifest, staging: Staging, where: str) -> GateError:
     beside, failed = staging.reject(manifest), manifest.failed_gates
     first = failed[0]
+    value, limit = ("not measured" if figure is None else f"{figure:.4g}" for figure in (first.value, first.limit))
     error = GateError(
-        f"the artifact missed {len(failed)} gate(s), first {first.name}: {first.value} where {first.comparison} "
-        f"{first.limit} is wanted; nothing was published",
+        f"the artifact missed {len(failed)} gate(s), first {first.name}: {value} where {first.comparison} "
+        f"{limit} is wanted; nothing was published",
         where=where,
         todo=f"see {beside}; a gentler recipe (int8), a smaller block or more bits for the worst layers may pass",
     )
     error.manifest = manifest
     return error
+
+
+def _does_not_run(guilty: Pass, error: ModelError) -> CompilerBug:
+    return CompilerBug(
+        f"the artifact does not run: {error.what}",
+        where=f"pass '{guilty.name}'",
+        todo="leave this pass out of the recipe, and report it with the model's `inspect --json`",
+    )
 
 
 def _load_recipe(recipe: str | Path | Recipe | None) -> Recipe | None:
@@ -189,22 +198,31 @@ class _Job:
             bad = nonfinite_weights(model)
             for weight in bad:
                 self.account.note(f"{weight}; they are kept as they are")
-            try:
-                verified = self.judge.judge(self.staging.directory / MODEL_NAME)
-            except ModelError as error:
-                if bad:
-                    error.where = "; ".join(filter(None, [str(bad[0]), error.where]))  # most probably the reason
-                raise
-            if verified is None or all(gate.ok for gate in verified.gates):
+            active = [p for p in self.passes if p.name not in rolled_back]
+            verified, broken = self._judge(bad)
+            if broken is None and (verified is None or all(gate.ok for gate in verified.gates)):
                 return verified
-            guilty = self.judge.find_guilty([p for p in self.passes if p.name not in rolled_back])
-            if guilty is None or not guilty.lossless or guilty.name in rolled_back:
+            guilty = self.judge.find_guilty(active)
+            if guilty is None or not may_roll_back(guilty):
+                if broken is not None:
+                    raise broken if guilty is None else _does_not_run(guilty, broken)
                 return verified
-            rolled_back[guilty.name] = (
-                f"the artifact missed '{next(g.name for g in verified.gates if not g.ok)}' with it"
+            failed = "" if verified is None else next(gate.name for gate in verified.gates if not gate.ok)
+            reason = (
+                f"the artifact missed '{failed}' with it" if broken is None else "the artifact does not run with it"
             )
-            self.progress.note(f"pass '{guilty.name}' is rolled back: {rolled_back[guilty.name]}")
+            rolled_back[guilty.name] = reason
+            self._tell_rolled_back(guilty.name, reason)
             model = open_model(self.account.source)
+
+    def _judge(self, bad: list[NonFinite]) -> tuple[Verify | None, ModelError | None]:
+        """Return the verification's result, or the error that stopped it."""
+        try:
+            return self.judge.judge(self.staging.directory / MODEL_NAME), None
+        except ModelError as error:
+            if bad:
+                error.where = "; ".join(filter(None, [str(bad[0]), error.where]))  # most probably the reason
+            return None, error
 
     def _transform(self, model: Model, rolled_back: dict[str, str]) -> list[PassRecord]:
         active = [p for p in self.passes if p.name not in rolled_back]
@@ -212,12 +230,20 @@ class _Job:
         context = Context(target=self.target)
         records = Pipeline(active).run(model, context, observer=_Relay(self.progress), gate=self.judge.pass_gate())
         self.account.notes += [n for n in context.notes if n not in self.account.notes]
+        for record in records:
+            if record.rolled_back:
+                self._tell_rolled_back(record.name, record.rolled_back)
         undone = [
             PassRecord(p.name, p.options(), rolled_back=rolled_back[p.name])
             for p in self.passes
             if p.name in rolled_back
         ]
         return [*records, *undone]
+
+    def _tell_rolled_back(self, name: str, reason: str) -> None:
+        text = f"pass '{name}' is rolled back: {reason}"
+        self.account.note(text)
+        self.progress.note(text)
 
     def _save(self, model: Model) -> SaveReport:
         self.progress.stage("weights", model.weight_bytes(), "bytes")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from onnxslim_llm.verify.check import Verification, Verifier
     from onnxslim_llm.verify.inputs import Level
 
-__all__ = ["Judge"]
+__all__ = ["Judge", "may_roll_back"]
 
 #: Models whose weights fit into one proto with room to spare are run in memory between passes; larger ones are not.
 IN_MEMORY_BYTES = 1 << 30
@@ -31,6 +31,11 @@ IN_MEMORY_BYTES = 1 << 30
 QUALITY_TOKENS = {"fast": 4096, "full": 65_536}
 
 _ARRAY_SUFFIXES = (".npz", ".npy")
+
+
+def may_roll_back(step: Pass) -> bool:
+    """Whether the model is complete without a pass: lowering must stay, and what changes results was asked for."""
+    return step.lossless and step.group != "lower"
 
 
 class Judge:
@@ -123,7 +128,10 @@ class Judge:
         )
 
     def find_guilty(self, passes: list[Pass]) -> Pass | None:
-        """Return the first pass after which the model misses the gates, by bisection; None if there is none."""
+        """Return the first pass after which the model misses the gates or does not run, by bisection.
+
+        None if there is none: the model runs and passes in memory, or the source itself does not.
+        """
         from onnxslim_llm.verify.guilty import first_failing  # loads onnxruntime
 
         self._progress.stage("find the guilty pass", None)
@@ -131,7 +139,10 @@ class Judge:
         def fails(count: int) -> bool:
             model = open_model(self._source)
             Pipeline(passes[:count]).run(model, Context(target=self._target))
-            return not self._check_in_memory(model, self._recipe.gates)
+            try:
+                return not self._check_in_memory(model, self._recipe.gates)
+            except ModelError:  # it opens, but it does not run, or not like the source
+                return True
 
         index = first_failing(len(passes), fails)
         if index is None:
@@ -145,7 +156,7 @@ class Judge:
             return None
 
         def gate(step: Pass, before: Model, after: Model) -> str:
-            if not step.lossless:
+            if not may_roll_back(step):
                 return ""
             try:
                 fine = self._check_in_memory(after, "lossless") or not self._check_in_memory(before, "lossless")
@@ -167,7 +178,8 @@ class Judge:
         from onnxslim_llm.runtime.session import open_session
 
         if model.weight_bytes() > IN_MEMORY_BYTES:
-            self.notes.append("single passes are not verified: the model is too large to run in memory")
+            note = "single passes are not verified: the model is too large to run in memory"
+            self.notes += [] if note in self.notes else [note]
             return True
         try:
             session = open_session(model.to_proto("inline"), threads=self._threads)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from onnxslim_llm.errors import CompilerBug, SlimError
+from onnxslim_llm.errors import CompilerBug, ModelError, SlimError
+from onnxslim_llm.ir.check import check_model
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.passes import Change, Pass, Skip
 from onnxslim_llm.rewrite.registry import make_pass
@@ -125,6 +126,8 @@ def _run_pass(step: Pass, model: Model, context: Context, gate: Gate | None) -> 
         step.requires(model, context)
         change: Change = step.apply(model, context)
         step.ensures(model, context)
+        if change:
+            _check_valid(step, model)
     except SlimError:
         raise
     except Exception as error:
@@ -143,6 +146,17 @@ def _run_pass(step: Pass, model: Model, context: Context, gate: Gate | None) -> 
     record.nodes = (nodes, _node_count(model))
     record.bytes = (size, model.weight_bytes())
     return record
+
+
+def _check_valid(step: Pass, model: Model) -> None:
+    try:
+        check_model(model)
+    except ModelError as error:
+        raise CompilerBug(
+            f"pass '{step.name}' left no valid model: {error.what}",
+            where=error.where,
+            todo="run again with -v for the traceback and report it with the model's `inspect --json`",
+        ) from error
 
 
 def _node_count(model: Model) -> int:

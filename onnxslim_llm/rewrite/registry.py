@@ -34,6 +34,12 @@ def all_passes() -> Mapping[str, type[Pass]]:
                 where=entry.value,
                 todo="repair or uninstall the package that brings it",
             ) from error
+        if not (isinstance(plugin, type) and issubclass(plugin, Pass)):
+            raise UsageError(
+                f"the pass plug-in '{entry.name}' is no Pass",
+                where=entry.value,
+                todo="repair or uninstall the package that brings it",
+            )
         if plugin.name in found:
             raise UsageError(f"two passes are called '{plugin.name}'", where=entry.value)
         found[plugin.name] = plugin

@@ -157,7 +157,7 @@ def test_stdout_is_the_manifest_and_nothing_else(
 
 
 def test_the_manifest_of_a_failed_gate(cli: Cli, tmp_path: Path, tiny: Path, schema: dict[str, Any]) -> None:
-    failing = ["--target", "ort-cpu", "--set", "quantize_weights.bits=2"]
+    failing = [f"--set=quantize_weights.{text}" for text in ("bits=2", "block=128", "embedding_bits=2")]
     done = cli("compile", tiny, "-o", "build", "--json", *failing)
     refused(done, 4, "kl_mean")
     printed = json.loads(done.out)

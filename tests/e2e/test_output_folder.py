@@ -184,7 +184,7 @@ def test_files_that_lie_where_the_work_is_done_are_not_lost(here: Cli, tmp_path:
 
 
 def test_a_failure_is_forgotten_after_a_success(here: Cli, tmp_path: Path, tiny: Path) -> None:
-    failing = ["--recipe", "int4", "--target", "ort-cpu", "--set", "quantize_weights.bits=2"]
+    failing = [f"--set=quantize_weights.{text}" for text in ("bits=2", "block=128", "embedding_bits=2")]
     assert here("compile", tiny, "-o", "build", *failing).code == 4
     nothing_left(tmp_path, "build.failed.json")
     assert here("compile", tiny, "-o", "build", *FAST).code == 0
