@@ -279,6 +279,12 @@ OTHERS: dict[str, Callable[[], onnx.ModelProto]] = {
 }
 """Models that are no decoders, by name."""
 
+HOPELESS = [
+    f"--set=quantize_weights.{text}"
+    for text in ("bits=2", "sensitive_bits=2", "embedding_bits=2", "lm_head_bits=2", "block=128", "method=rtn")
+]
+"""Options with which a decoder misses the gate of the recipe int4 by far."""
+
 DECODERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "tied by Transpose": {"tied": "transpose"},

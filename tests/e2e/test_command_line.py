@@ -14,7 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 from e2e_checks import Outcome, model_bytes, nothing_left, refused, whole
-from e2e_models import branches, decoder, mlp, qdq, save, save_external
+from e2e_models import HOPELESS, branches, decoder, mlp, qdq, save, save_external
 
 Cli = Callable[..., Outcome]
 
@@ -157,8 +157,7 @@ def test_stdout_is_the_manifest_and_nothing_else(
 
 
 def test_the_manifest_of_a_failed_gate(cli: Cli, tmp_path: Path, tiny: Path, schema: dict[str, Any]) -> None:
-    failing = [f"--set=quantize_weights.{text}" for text in ("bits=2", "block=128", "embedding_bits=2")]
-    done = cli("compile", tiny, "-o", "build", "--json", *failing)
+    done = cli("compile", tiny, "-o", "build", "--json", *HOPELESS)
     refused(done, 4, "kl_mean")
     printed = json.loads(done.out)
     jsonschema.validate(printed, schema)
