@@ -17,6 +17,7 @@ from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.opset import convert_opset
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.weights import Weight, constant
+from onnxslim_llm.passes.quantize.attention import SENSITIVE, Sensitive
 from onnxslim_llm.passes.quantize.job import QuantizeJob
 from onnxslim_llm.passes.quantize.settings import ScaleType, Settings, check_scheme, check_scopes, compile_patterns
 from onnxslim_llm.passes.quantize.sites import Site, WeightGroup, find_groups
@@ -27,10 +28,12 @@ from onnxslim_llm.rewrite.edit import Builder, detach, remove_dead
 from onnxslim_llm.rewrite.engine import graph_output_ids
 from onnxslim_llm.rewrite.passes import Change, Pass
 
-__all__ = ["QuantizeWeights"]
+__all__ = ["LONG_BLOCK", "QuantizeWeights"]
 
 #: (opset, IR version) that brought the element types of codes.
 _NEEDS = {2: (25, 13), 3: (21, 10), 4: (21, 10), 8: (21, 10)}
+#: Weights that get more bits than the others have codes that are fine enough for long blocks.
+LONG_BLOCK = 128
 _SCALE_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 
 
@@ -57,12 +60,13 @@ class QuantizeWeights(Pass):
         - something else reads it as floats, so that it would be stored twice;
         - it is a graph output, or a graph input that the caller may replace;
         - it is quantized already, or holds the scales of something that is;
-        - Gather looks up columns, or looks up positions instead of tokens, or the rank of its indices is unknown;
+        - Gather looks up columns, a single row, or positions instead of tokens, or the rank of its indices is unknown;
         - it lies in the body of a model-local function or in a Constant node.
 
     Attributes:
         bits: Width of the codes: 2, 3, 4 or 8.
-        block: Elements that share a scale: 16, 32, 64, 128, 256, or 0 for a whole column.
+        block: Elements that share a scale: 16, 32, 64, 128, 256, or 0 for a whole column. Weights that get more than
+            `bits` by their role have at least 128.
         symmetric: No zero points.
         method: "rtn" takes each block's range; "search" looks for the scale with the least squared error; "hqq" for
             that with the least sum of |error|^(1/2), by half-quadratic splitting: it gives up large weights for the
@@ -70,6 +74,9 @@ class QuantizeWeights(Pass):
         embedding_bits: Bits of embedding tables; 0 leaves them alone. A table that is also the classifier's weight gets
             the larger of `embedding_bits` and `lm_head_bits`, or is left alone if either is 0.
         lm_head_bits: Bits of the product that makes the logits; 0 leaves it alone.
+        sensitive_bits: Bits of the products that lose most by few bits; 0 leaves them alone.
+        sensitive: Which ones these are: "value" makes the values of an attention, "output" brings its result back,
+            "first_block" is all products up to the second attention.
         min_elements: Smaller weights are left alone.
         exclude: Regular expressions; weights with a match in their own name or in that of a reader are left alone.
         scopes: Other options by name: each entry has `match`, a regular expression as in `exclude`, and any of bits (0
@@ -84,19 +91,21 @@ class QuantizeWeights(Pass):
 
     bits: int = 4
     block: int = 32
-    symmetric: bool = True
+    symmetric: bool = False
     method: Literal["rtn", "search", "hqq"] = "search"
     embedding_bits: int = 8
     lm_head_bits: int = 8
+    sensitive_bits: int = 8
+    sensitive: tuple[Sensitive, ...] = SENSITIVE
     min_elements: int = 4096
     exclude: tuple[str, ...] = ()
     scopes: tuple[dict[str, Any], ...] = ()
-    scale_dtype: ScaleType = "activation"
+    scale_dtype: ScaleType = "float16"
 
     def __post_init__(self) -> None:
         where = self.name
         check_scheme(self.options(), where)
-        for option in ("embedding_bits", "lm_head_bits"):
+        for option in ("embedding_bits", "lm_head_bits", "sensitive_bits"):
             check_scheme({"bits": getattr(self, option)}, f"{where}.{option}", may_be_left=True)
         compile_patterns(self.exclude, f"{where}.exclude")
         check_scopes(self.scopes, where)
@@ -109,7 +118,8 @@ class QuantizeWeights(Pass):
         """
         if context.target is None:
             return
-        asked = {self.bits, self.embedding_bits, self.lm_head_bits, *(scope.get("bits", 0) for scope in self.scopes)}
+        roles = {self.embedding_bits, self.lm_head_bits, self.sensitive_bits}
+        asked = {self.bits, *roles, *(scope.get("bits", 0) for scope in self.scopes)}
         missing = sorted(asked - {0} - set(context.target.weight_bits))
         if missing:
             can = ", ".join(map(str, context.target.weight_bits))
@@ -155,9 +165,12 @@ class QuantizeWeights(Pass):
         return chosen
 
     def _settings(self, group: WeightGroup) -> Settings:
-        by_role = {"embedding": self.embedding_bits, "lm_head": self.lm_head_bits, "linear": self.bits}
-        bits = [by_role[role] for role in group.roles]
-        return Settings(max(bits) if all(bits) else 0, self.block, self.symmetric, self.method, self.scale_dtype)
+        linear = self.sensitive_bits if group.sensitive & set(self.sensitive) else self.bits
+        by_role = {"embedding": self.embedding_bits, "lm_head": self.lm_head_bits, "linear": linear}
+        widths = [by_role[role] for role in group.roles]
+        bits = max(widths) if all(widths) else 0
+        block = self.block if bits <= self.bits else max(self.block, LONG_BLOCK)
+        return Settings(bits, block if self.block else 0, self.symmetric, self.method, self.scale_dtype)
 
 
 class _Replacement:
@@ -247,7 +260,7 @@ def _scalar(value: float, dtype: str) -> np.ndarray[Any, Any]:
 def _entry(group: WeightGroup, scheme: WeightScheme, nbytes: int) -> dict[str, Any]:
     return {
         "name": group.name,
-        "roles": sorted(group.roles),
+        "roles": sorted(group.roles | group.sensitive),
         "shape": list(group.source.shape),
         "bits": scheme.bits,
         "block": scheme.block,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import onnx_graphsurgeon as gs
@@ -14,6 +14,7 @@ from onnxslim_llm.ir.skeleton import GraphSkeleton, skeleton_of
 from onnxslim_llm.ir.sparse import SparseWeight
 from onnxslim_llm.ir.weight import Weight
 from onnxslim_llm.ir.weights import weight_of
+from onnxslim_llm.passes.quantize.attention import AttentionFlow, Sensitive
 from onnxslim_llm.rewrite.schema import normal_domain
 
 if TYPE_CHECKING:
@@ -44,12 +45,14 @@ class Site:
         graph: Where it is.
         computes_in: Element type of the activations, "float32" or "float16".
         role: "embedding", "lm_head", or "linear" for all other products.
+        sensitive: In which ways a "linear" product needs more bits than others; see `attention`.
     """
 
     node: gs.Node
     graph: gs.Graph
     computes_in: ComputeType
     role: Role
+    sensitive: frozenset[Sensitive] = frozenset()
 
 
 @dataclass
@@ -72,6 +75,11 @@ class WeightGroup:
     def roles(self) -> set[str]:
         """What the matrix is used as."""
         return {site.role for site in self.sites}
+
+    @property
+    def sensitive(self) -> frozenset[Sensitive]:
+        """In which ways it needs more bits than others."""
+        return frozenset().union(*(site.sensitive for site in self.sites))
 
     @property
     def rows(self) -> int:
@@ -123,6 +131,8 @@ class _Search:
         self.outputs = {id(tensor) for graph in model.graphs() for tensor in graph.outputs}
         self.overridable = _overridable(model)
         self.told: set[tuple[str, str]] = set()
+        self.products: set[int] = set()
+        self.flows: dict[int, AttentionFlow] = {}
 
     def visit(self, node: gs.Node, graph: gs.Graph) -> None:
         if len(node.inputs) < 2:
@@ -132,6 +142,7 @@ class _Search:
         if read is None:
             self._explain(node, index)
             return
+        self.products.add(id(node))
         weight = weight_of(read.constant)
         if len(weight.shape) < 2 or str(weight.dtype) not in (*_FLOATS, "float64"):
             return  # vectors, shapes and codes are no weights
@@ -200,10 +211,18 @@ class _Search:
             others = (o for c in self.constants[key].values() for o in self._other_readers(c, accepted))
             other = next(others, None)
             if other is None:
+                group.sites = [self._judged(site) for site in group.sites]
                 found.append(group)
             else:
                 self._skip(group.name, f"{other} reads it, too, as floats: it would be stored twice")
         return found
+
+    def _judged(self, site: Site) -> Site:
+        if site.role != "linear":
+            return site
+        if id(site.graph) not in self.flows:
+            self.flows[id(site.graph)] = AttentionFlow(site.graph, self.products)
+        return replace(site, sensitive=frozenset(self.flows[id(site.graph)].kinds(site.node)))
 
     def _other_readers(self, tensor: gs.Tensor, accepted: set[int]) -> Iterator[str]:
         if id(tensor) in self.outputs:
@@ -264,8 +283,11 @@ def _gather_reason(node: gs.Node, weight: Weight) -> str:
         return f"a table of {len(weight.shape)} dimensions"
     if node.attrs.get("axis", 0) % 2 != 0:
         return "Gather looks up columns, not rows"
-    if node.inputs[1].shape is None:
+    shape = node.inputs[1].shape
+    if shape is None:
         return "the rank of the indices is unknown"
+    if not shape:  # a constant row, and ONNX Runtime takes the scale of a single block for one of the whole tensor
+        return "Gather looks up a single row"
     return ""
 
 

@@ -12,7 +12,7 @@ from onnx import numpy_helper
 
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.save import save_model
-from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
+from onnxslim_llm.passes.quantize.quantize_weights import LONG_BLOCK, QuantizeWeights
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.passes import Pass
 from onnxslim_llm.rewrite.pipeline import PassRecord, Pipeline
@@ -31,7 +31,8 @@ def compile_to(
     """Quantize, lower and save; returns the model and what the lowering said."""
     model = model_of(source)
     context = Context(target=target)
-    (_, record) = Pipeline([QuantizeWeights(min_elements=0, **options), lower]).run(model, context)
+    options = {"min_elements": 0, "symmetric": True, "scale_dtype": "activation", **options}
+    (_, record) = Pipeline([QuantizeWeights(**options), lower]).run(model, context)
     save_model(model, path)
     onnx.checker.check_model(str(path), full_check=True)
     assert target.lint(model) == []
@@ -45,7 +46,10 @@ def expected_of(
     scale = {np.dtype(np.float16): "float16"}
     for name, width in bits.items():
         value = numpy_helper.to_array(next(t for t in source.graph.initializer if t.name == name))
-        near = rounded(value.T if name in tables else value, width, block, symmetric, scale.get(value.dtype, "float32"))
+        length = max(block, LONG_BLOCK) if block and width > 4 and name in tables else block
+        near = rounded(
+            value.T if name in tables else value, width, length, symmetric, scale.get(value.dtype, "float32")
+        )
         source = with_weight(source, name, near.T if name in tables else near)
     return source
 

@@ -12,7 +12,7 @@ from onnxslim_llm.errors import ModelError, UsageError
 from onnxslim_llm.ir.jobs import DerivedWeight
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.weights import weight_of
-from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
+from onnxslim_llm.passes.quantize.quantize_weights import LONG_BLOCK, QuantizeWeights
 from onnxslim_llm.rewrite.block_weights import BLOCK_GATHER, BLOCK_MATMUL
 from onnxslim_llm.rewrite.concepts import calls
 from onnxslim_llm.rewrite.context import Context
@@ -29,7 +29,7 @@ IDS = {"ids": np.array([[0, 5, VOCAB - 1], [7, 7, 1]], np.int64)}
 
 def quantize(source: onnx.ModelProto, **options: Any) -> tuple[Model, Change]:
     # A lone product is a classifier by its place; these tests want to choose its bits by `bits`.
-    options.setdefault("lm_head_bits", options.get("bits", 4))
+    options = {"lm_head_bits": options.get("bits", 4), "symmetric": True, "scale_dtype": "activation", **options}
     model = model_of(source)
     return model, QuantizeWeights(**options).apply(model, Context())
 
@@ -85,7 +85,7 @@ def test_two_runs_with_different_needs() -> None:
     text = "agraph (float[m, 64] x) => (float[m, 64] y) { a = MatMul (x, V)\n y = MatMul (a, W) }"
     source = proto(text, V=weights(1, 64, 64) / 8, W=weights(2, 64, 64) / 8)
     model, _ = quantize(source, exclude=("^V$",))
-    QuantizeWeights(bits=2).apply(model, Context())
+    QuantizeWeights(bits=2, symmetric=True).apply(model, Context())
     after = model.to_proto()
     onnx.checker.check_model(after, full_check=True)  # functions and model have one opset
     assert model.opset() == 25
@@ -128,7 +128,7 @@ def test_embedding_and_classifier_share_codes() -> None:
     gather = next(node for _, node in calls(model, BLOCK_GATHER))
     classifier = [node for _, node in calls(model, BLOCK_MATMUL)][-1]
     assert gather.inputs[1] is classifier.inputs[1]
-    near = rounded(numpy_helper.to_array(source.graph.initializer[0]).T, 8, 32, True).T
+    near = rounded(numpy_helper.to_array(source.graph.initializer[0]).T, 8, LONG_BLOCK, True).T
     expected = with_weight(source, "E", near)
     expected = with_weight(expected, "W", rounded(numpy_helper.to_array(source.graph.initializer[1]), 4, 32, True))
     assert_same(run(model.to_proto(), IDS), run(expected, IDS))
@@ -169,7 +169,7 @@ def test_half_precision_keeps_its_type() -> None:
     scales = next(t for t in model.constants() if t.name == "W_scale")
     assert scales.dtype == np.float16
     near = rounded(numpy_helper.to_array(source.graph.initializer[1]), 4, 32, True, "float16")
-    table = rounded(numpy_helper.to_array(source.graph.initializer[0]).T, 8, 32, True, "float16").T
+    table = rounded(numpy_helper.to_array(source.graph.initializer[0]).T, 8, LONG_BLOCK, True, "float16").T
     expected = with_weight(with_weight(source, "W", near), "E", table)
     assert_same(run(model.to_proto(), IDS), run(expected, IDS), HALF_TOLERANCE)
 
@@ -233,6 +233,7 @@ def test_roles_have_their_own_bits() -> None:
     _, change = quantize(tied(), bits=4, embedding_bits=4, lm_head_bits=8)
     by_name = {entry["name"]: entry["bits"] for entry in change.detail["tensors"]}
     assert by_name == {"E": 8, "W": 4}  # the larger one of a tied table
+    assert {entry["name"]: entry["block"] for entry in change.detail["tensors"]} == {"E": 64, "W": 32}
     assert change.detail["weights_by_bits"] == {"4": 1, "8": 1}
 
 
@@ -402,6 +403,11 @@ def test_look_ups_of_positions() -> None:
         y = MatMul (rotated, t)
     }"""
     assert "no embedding of tokens" in left_alone(proto(text, W=weights(1, 64, 32)))
+
+
+def test_look_ups_of_one_row() -> None:
+    source = proto("agraph (int64 i) => (float[64] y) { h = Gather (W, i)\n y = Tanh (h) }", W=weights(1, 64, 64))
+    assert left_alone(source) == "Gather looks up a single row"
 
 
 def test_look_ups_of_unknown_rank() -> None:
