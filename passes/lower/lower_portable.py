@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import onnx_graphsurgeon as gs
 
-from onnxslim_llm.errors import CompilerBug
+from onnxslim_llm.errors import CompilerBug, UsageError
 from onnxslim_llm.ir import dtypes
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.weights import ViewWeight
@@ -20,6 +20,8 @@ from onnxslim_llm.rewrite.edit import Builder
 from onnxslim_llm.rewrite.passes import Change, Pass
 
 __all__ = ["LowerPortable"]
+
+_BITS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,19 @@ class LowerPortable(Pass):
     lossless: ClassVar[bool] = False  # int8 activations; and without lowering there is no artifact to fall back to
 
     def apply(self, model: Model, context: Context) -> Change:
-        """Replace all calls."""
+        """Replace all calls.
+
+        Raises:
+            UsageError: Weights of a width that the standard has no type for.
+        """
         change = Change()
         recorded, opaque = take_calls(model)
         replaced = {id(node): inline_call(model, node) for node in opaque}
         constants = Constants(model)
         for call in recorded:
+            if call.job.scheme.bits not in _BITS:
+                what = f"ai.onnx has no type for {call.job.scheme.bits}-bit weights"
+                raise UsageError(what, where=call.job.where(), todo="choose 2, 4 or 8 bits")
             op = Builder(model, call.node.name or call.result.name)
             result = self._lower(constants, op, call, change)
             last = op.nodes[-1]

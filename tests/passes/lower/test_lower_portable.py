@@ -12,7 +12,7 @@ from lowering_checks import FLOAT_TOLERANCE, HALF_TOLERANCE, assert_close, compi
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from onnxslim_llm.errors import CompilerBug
+from onnxslim_llm.errors import CompilerBug, UsageError
 from onnxslim_llm.ir.model import open_model
 from onnxslim_llm.passes.lower.lower_portable import LowerPortable
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
@@ -238,6 +238,13 @@ def test_a_model_that_was_saved_half_way_is_lowered_to_function_bodies(tmp_path:
     LowerPortable().ensures(reopened, Context())
     feeds = {"x": weights(9, 3, 64)}
     assert_close(run(reopened.to_proto(), feeds), run(model.to_proto(), feeds), FLOAT_TOLERANCE)
+
+
+def test_three_bits_are_refused() -> None:
+    model = model_of(product(64, 32))
+    QuantizeWeights(bits=3, lm_head_bits=3, min_elements=0).apply(model, Context())
+    with pytest.raises(UsageError, match="no type for 3-bit weights"):
+        LowerPortable().apply(model, Context())
 
 
 def test_a_concept_that_is_left_is_a_bug() -> None:
