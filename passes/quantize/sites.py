@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Literal
 
 import onnx_graphsurgeon as gs
 
-from onnxslim_llm.ir import dtypes
+from onnxslim_llm.ir.ownership import is_overridable
 from onnxslim_llm.ir.roles import constant_roles
-from onnxslim_llm.ir.skeleton import GraphSkeleton, skeleton_of
 from onnxslim_llm.ir.sparse import SparseWeight
 from onnxslim_llm.ir.weight import Weight
 from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.passes.quantize.attention import AttentionFlow, Sensitive
+from onnxslim_llm.passes.quantize.reads import WeightRead, gather_reason, k_axis_of, product_reason, read_weight
 from onnxslim_llm.rewrite.schema import normal_domain
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ ComputeType = Literal["float32", "float16"]
 
 _FLOATS = ("float32", "float16", "bfloat16")
 _COMPUTED_IN = ("float32", "float16")
-#: The first IR version in which an initializer need not be listed as an input; before, all of them are.
-_IR_WITHOUT_INPUTS = 4
 _OVERRIDABLE = "it is a graph input, too: whoever runs the model may replace it"
 
 
@@ -92,16 +90,6 @@ class WeightGroup:
         return self.source.shape[1 - self.k_axis]
 
 
-@dataclass(frozen=True)
-class _Read:
-    """How a node input comes from a constant: through Transpose, Cast and Identity nodes."""
-
-    constant: gs.Constant
-    transposed: bool
-    dtype: str
-    in_node: bool
-
-
 def find_groups(model: Model, change: Change) -> list[WeightGroup]:
     """Return the matrices that can be quantized; `change` is told which ones cannot, and why."""
     search = _Search(model, change)
@@ -129,7 +117,6 @@ class _Search:
         self.constants: dict[Hashable, dict[int, gs.Constant]] = {}
         self.roles = {id(constant): role for constant, role in constant_roles(model)}
         self.outputs = {id(tensor) for graph in model.graphs() for tensor in graph.outputs}
-        self.overridable = _overridable(model)
         self.told: set[tuple[str, str]] = set()
         self.products: set[int] = set()
         self.flows: dict[int, AttentionFlow] = {}
@@ -138,7 +125,7 @@ class _Search:
         if len(node.inputs) < 2:
             return
         index = 0 if node.op == "Gather" else 1
-        read = _read(node.inputs[index])
+        read = read_weight(node.inputs[index])
         if read is None:
             self._explain(node, index)
             return
@@ -146,7 +133,7 @@ class _Search:
         weight = weight_of(read.constant)
         if len(weight.shape) < 2 or str(weight.dtype) not in (*_FLOATS, "float64"):
             return  # vectors, shapes and codes are no weights
-        reason = _gather_reason(node, weight) if node.op == "Gather" else _product_reason(node, weight)
+        reason = gather_reason(node, weight) if node.op == "Gather" else product_reason(node, weight)
         role = self.roles.get(id(read.constant), "other")
         if not reason and node.op == "Gather" and role != "embedding":
             reason = "its rows reach the attention as they are: positions or biases, no embedding of tokens"
@@ -154,7 +141,7 @@ class _Search:
         if reason:
             self._skip(read.constant.name, reason)
             return
-        k_axis = _k_axis(node, read.transposed)
+        k_axis = k_axis_of(node, read.transposed)
         if min(weight.shape) < SMALLEST_SIDE:
             k, n = weight.shape[k_axis], weight.shape[1 - k_axis]
             self._skip(read.constant.name, f"K = {k} and N = {n}: a side below {SMALLEST_SIDE} is left as it is")
@@ -183,12 +170,11 @@ class _Search:
                 return
             tensor = producer.inputs[0]
         if node.op != "Gather":
-            left = _read(node.inputs[0])
+            left = read_weight(node.inputs[0])
             if left is not None and len(weight_of(left.constant).shape) == 2:
                 self._skip(left.constant.name, "it is the left operand: blocks would run across rows")
 
-    def _reason(self, read: _Read, weight: Weight) -> str:
-        name = read.constant.name
+    def _reason(self, read: WeightRead, weight: Weight) -> str:
         if read.in_node:
             return "it lies in a Constant node: clean the model up first"
         if isinstance(weight, SparseWeight):
@@ -197,7 +183,7 @@ class _Search:
             return f"its type is {weight.dtype}"
         if read.dtype not in _COMPUTED_IN:
             return f"it is used in {read.dtype}, which runtimes cannot dequantize to"
-        if name in self.overridable:
+        if is_overridable(read.constant):
             return _OVERRIDABLE
         if id(read.constant) in self.outputs:
             return "it is a graph output, too"
@@ -234,74 +220,3 @@ class _Search:
                 yield from self._other_readers(node.outputs[0], accepted)
             else:
                 yield f"{node.op} '{node.name or node.outputs[0].name}'"
-
-
-def _read(tensor: gs.Tensor) -> _Read | None:
-    transposed, dtype, in_node = False, "", False
-    while isinstance(tensor, gs.Variable):
-        if len(tensor.inputs) != 1 or normal_domain(tensor.inputs[0].domain) != "":
-            return None
-        node = tensor.inputs[0]
-        if node.op == "Constant" and isinstance(node.attrs.get("value"), gs.Constant):
-            tensor, in_node = node.attrs["value"], True
-            break
-        if node.op == "Cast":
-            dtype = dtype or str(dtypes.numpy_dtype(dtypes.onnx_dtype(node.attrs["to"])))
-        elif node.op == "Transpose":
-            perm = node.attrs.get("perm")
-            if perm is not None and list(perm) != [1, 0]:
-                return None
-            transposed = not transposed
-        elif node.op != "Identity":
-            return None
-        tensor = node.inputs[0]
-    if not isinstance(tensor, gs.Constant):
-        return None
-    weight = weight_of(tensor)
-    if transposed and len(weight.shape) != 2:
-        return None
-    return _Read(tensor, transposed, dtype or str(weight.dtype), in_node)
-
-
-def _k_axis(node: gs.Node, transposed: bool) -> int:
-    stored_nk = node.op == "Gather" or (node.op == "Gemm" and bool(node.attrs.get("transB", 0)))
-    return int(stored_nk != transposed)
-
-
-def _product_reason(node: gs.Node, weight: Weight) -> str:
-    if len(weight.shape) > 2:
-        return f"it has {len(weight.shape)} dimensions: batched weights are left as they are"
-    if node.op == "Gemm" and node.attrs.get("transA", 0):
-        return "Gemm transposes the other operand (transA = 1)"
-    return ""
-
-
-def _gather_reason(node: gs.Node, weight: Weight) -> str:
-    if any(reader.op == "DequantizeLinear" for tensor in node.outputs for reader in _readers(tensor)):
-        return "it holds the scales or zero points of a quantized table"
-    if len(weight.shape) != 2:
-        return f"a table of {len(weight.shape)} dimensions"
-    if node.attrs.get("axis", 0) % 2 != 0:
-        return "Gather looks up columns, not rows"
-    shape = node.inputs[1].shape
-    if shape is None:
-        return "the rank of the indices is unknown"
-    if not shape:  # a constant row, and ONNX Runtime takes the scale of a single block for one of the whole tensor
-        return "Gather looks up a single row"
-    return ""
-
-
-def _readers(tensor: gs.Tensor) -> Iterator[gs.Node]:
-    for node in tensor.outputs:
-        if node.op in ("Cast", "Unsqueeze", "Reshape"):
-            yield from _readers(node.outputs[0])
-        yield node
-
-
-def _overridable(model: Model) -> set[str]:
-    if (model.graph.ir_version or _IR_WITHOUT_INPUTS) < _IR_WITHOUT_INPUTS:
-        return set()
-    skeleton: GraphSkeleton | None = skeleton_of(model.graph, GraphSkeleton)
-    if skeleton is None:
-        return set()
-    return {tensor.name for _, tensor in skeleton.inputs if isinstance(tensor, gs.Constant)}
