@@ -31,8 +31,8 @@ def read_tokens(path: Path, tokenizer: Encoder, max_tokens: int | None) -> Array
     """The first `max_tokens` tokens of a text file, [n] int64.
 
     Raises:
-        UsageError: fewer than two tokens.
-        ResourceError: the file cannot be read, or is no UTF-8 text.
+        UsageError: there is no such file, it is no UTF-8 text, or it has fewer than two tokens.
+        ResourceError: the file cannot be read.
     """
     limit = None if max_tokens is None else max_tokens * _CHARS_PER_TOKEN
     try:
@@ -44,6 +44,8 @@ def read_tokens(path: Path, tokenizer: Encoder, max_tokens: int | None) -> Array
             ):
                 text += more
                 ids = tokenizer.encode(text)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UsageError("there is no such text file", where=str(path), todo="check the path") from error
     except OSError as error:
         raise ResourceError(f"the text cannot be read: {error.strerror}", where=str(path)) from error
     except UnicodeDecodeError as error:

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from reference_decoder import DecoderSpec, build, write
 
-from onnxslim_llm.errors import ModelError, ResourceError, UsageError
+from onnxslim_llm.errors import ModelError, UsageError
 from onnxslim_llm.runtime.decoder import DecoderRunner
 from onnxslim_llm.runtime.session import Session, open_session
 from onnxslim_llm.runtime.tokenizer import load_tokenizer
@@ -141,7 +141,7 @@ def test_a_text_without_anything_to_predict(session: Session, tmp_path: Path, co
 
 
 def test_unreadable_texts(session: Session, tmp_path: Path) -> None:
-    with pytest.raises(ResourceError, match="cannot be read"):
+    with pytest.raises(UsageError, match="no such text file"):
         evaluate(session, tmp_path / "none.txt", Bytes())
     (tmp_path / "latin.txt").write_bytes(b"na\xefve and more")
     with pytest.raises(UsageError, match="not UTF-8"):
