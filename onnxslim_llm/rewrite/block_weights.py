@@ -58,7 +58,7 @@ class WeightScheme:
         bits: Width of a code: 2, 3, 4 or 8.
         block: Rows of W[K, N] that share a scale: 16, 32, 64, 128 or 256; 0 for one scale per column.
         symmetric: No zero points; the whole range [-2^(bits-1), 2^(bits-1) - 1] is used.
-        method: "rtn" takes the range of each block, "search" looks for the scale with the least squared error,
+        method: "rtn" takes the range of each block; "search" and "hqq" look for better scales, see custom_ops.quantize.
             "hqq" for that with the least sum of |error|^(1/2).
         scale_type: Type that scales are stored in.
     """
