@@ -30,7 +30,7 @@ class LlamaConfig:
     num_attention_heads: int = 8
     num_key_value_heads: int = 4
     head_dim: int = 32
-    max_position_embeddings: int = 256
+    max_position_embeddings: int = 512
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
 

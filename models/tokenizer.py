@@ -15,7 +15,7 @@ from models.corpus import collect
 
 VOCAB_SIZE = 2048
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"  # ids 0 and 1; END_OF_TEXT separates documents
-MAX_LENGTH = 256
+MAX_LENGTH = 512
 
 
 def train_tokenizer() -> Tokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import math
 from collections.abc import Callable
@@ -67,8 +68,20 @@ def test_held_out_bits_per_byte(tokenizer: Any, folder: Path, step: Step) -> Non
     assert nats / math.log(2) / size < MAX_BITS_PER_BYTE
 
 
+def parsed_lines(text: str) -> int:
+    """Number of lines from the start on that are valid Python together."""
+    lines = text.split("\n")
+    for count in range(len(lines), 0, -1):
+        try:
+            ast.parse("\n".join(lines[:count]))
+        except SyntaxError:
+            continue
+        return count
+    return 0
+
+
 def test_sampled_continuations_are_varied_python(tokenizer: Any, step: Step) -> None:
-    """Line breaks, methods and mostly distinct token pairs. Greedy decoding does loop: the model card says so."""
+    """Several lines that parse, and mostly distinct token pairs. Greedy decoding does loop: the model card says so."""
     prompt, count, draws, temperature = "class Stack:\n    def __init__(self):", 64, 4, 0.7
     ids = np.tile(tokenizer.encode(prompt).ids, (draws, 1))
     start = ids.shape[1]
@@ -82,7 +95,6 @@ def test_sampled_continuations_are_varied_python(tokenizer: Any, step: Step) -> 
         positions = np.full((draws, 1), total - 1)
         logits, cache = step(made[:, -1:], np.ones((draws, total), np.int64), positions, cache)
     texts = [tokenizer.decode(row.tolist()) for row in made]
-    assert all(text.count("\n") >= 3 for text in texts), texts
-    assert sum("def " in text and "self" in text for text in texts) >= draws / 2, texts
+    assert sum(parsed_lines(prompt + text) >= 5 for text in texts) >= draws / 2, texts
     pairs = [pair for row in made.tolist() for pair in itertools.pairwise(row)]
     assert len(set(pairs)) > len(pairs) / 3, texts
