@@ -24,9 +24,10 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def hash_files(root: Path, names: Iterable[str]) -> list[FileEntry]:
-    """Manifest entries (path relative to `root`, bytes, sha256) of the files `names`, in that order."""
-    return [FileEntry(path=name, bytes=(root / name).stat().st_size, sha256=file_sha256(root / name)) for name in names]
+def hash_files(root: Path, names: Iterable[str], only_sized: Iterable[str] = ()) -> list[FileEntry]:
+    """Manifest entries (path relative to `root`, bytes, sha256) of the files `names`, then of `only_sized` unread."""
+    hashed = [FileEntry(path=n, bytes=(root / n).stat().st_size, sha256=file_sha256(root / n)) for n in names]
+    return [*hashed, *(FileEntry(path=n, bytes=(root / n).stat().st_size) for n in only_sized)]
 
 
 class BackgroundHasher:
@@ -35,9 +36,9 @@ class BackgroundHasher:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="sha256")
 
-    def submit(self, root: Path, names: Iterable[str]) -> Future[list[FileEntry]]:
-        """Start `hash_files(root, names)`; its errors come with the result."""
-        return self._pool.submit(hash_files, root, tuple(names))
+    def submit(self, root: Path, names: Iterable[str], only_sized: Iterable[str] = ()) -> Future[list[FileEntry]]:
+        """Start `hash_files`; its errors come with the result."""
+        return self._pool.submit(hash_files, root, tuple(names), tuple(only_sized))
 
     def __enter__(self) -> Self:
         return self

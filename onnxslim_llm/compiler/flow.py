@@ -77,7 +77,7 @@ def compile(  # noqa: A001
         jobs: Threads for weight work and verification; default: all usable CPUs. The artifact does not depend on it.
         memory_limit: Bytes of weights in work at a time.
         verify: Compare source and artifact in the target's runtime: a few inputs ("fast"), many, and after every pass
-            ("full"), or not at all ("off").
+            ("full"), or not at all ("off": then the source's external data are not hashed either).
         resume: Go on from an interrupted compile of the same model and recipe.
         force: Replace an existing artifact.
         progress: Told what happens.
@@ -111,8 +111,11 @@ def compile(  # noqa: A001
         account.recipe = chosen
         data = account.source_data
         staging.begin(compile_identity(path, data, _identity(goal, chosen)), resume=resume)
-        names = [path.name, *(os.path.relpath(f.resolve(), path.parent.resolve()) for f in data)]
-        source_hashes = hasher.submit(path.parent, names)
+        weights = [os.path.relpath(f.resolve(), path.parent.resolve()) for f in data]
+        if verify == "off":  # without proof wanted, the weights need not be read once more for their hash
+            source_hashes = hasher.submit(path.parent, [path.name], weights)
+        else:
+            source_hashes = hasher.submit(path.parent, [path.name, *weights])
         account.notes += staging.notes
         given = Path(calib) if calib else None
         judge = Judge(path, goal, chosen, verify, given, account.threads, progress)
