@@ -18,7 +18,7 @@ from onnxslim_llm.errors import CompilerBug
 from onnxslim_llm.ir.external import ExternalFiles
 from onnxslim_llm.ir.reader import read_function
 from onnxslim_llm.ir.tensors import TensorReader
-from onnxslim_llm.rewrite.edit import detach
+from onnxslim_llm.rewrite.edit import detach, inherit_metadata
 
 if TYPE_CHECKING:
     from onnxslim_llm.ir.model import Model
@@ -155,7 +155,7 @@ def _resolve(attrs: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, A
 
 
 def replace_nodes(model: Model, replacements: Mapping[int, Sequence[gs.Node]]) -> None:
-    """Put new nodes where old ones were, in all graphs and subgraphs.
+    """Put new nodes where old ones were, in all graphs and subgraphs; the last of them inherits the metadata.
 
     Args:
         model: The model.
@@ -172,7 +172,10 @@ def replace_nodes(model: Model, replacements: Mapping[int, Sequence[gs.Node]]) -
 def _spliced(nodes: Iterable[gs.Node], replacements: Mapping[int, Sequence[gs.Node]]) -> Iterator[gs.Node]:
     for node in nodes:
         if id(node) in replacements:
-            yield from replacements[id(node)]
+            successors = replacements[id(node)]
+            if successors and successors[-1].outputs:
+                inherit_metadata(node, successors[-1].outputs[0])
+            yield from successors
         else:
             yield node
 

@@ -21,7 +21,7 @@ Cli = Callable[..., Outcome]
 OPTIONS = ["-o", "build", "--force", "--target", "ort-cpu", "--recipe", "int4"]
 
 _DEADLINE = 60.0  # seconds to wait for a process; one that takes longer hangs
-_KILLS = 24
+_KILLS = 16
 
 
 @contextmanager
