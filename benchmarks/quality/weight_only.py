@@ -1,9 +1,9 @@
 """What weight-only quantization costs and saves: bytes, perplexity and KL divergence for a table of settings.
 
-Every row compiles the model with `cleanup, quantize_weights{...}`, lowers it to a target, saves it and evaluates it in the
-target's own runtime next to the source, on the same tokens.
+Every row compiles the model with `cleanup, quantize_weights{...}`, lowers it to a target, saves it and evaluates it in
+the target's own runtime next to the source, on the same tokens.
 
-    python benchmarks/quality/weight_only.py                              # the sample model, the table of settings below
+    python benchmarks/quality/weight_only.py                            # the sample model, the table of settings below
     python benchmarks/quality/weight_only.py --setting "bits=4, block=32" --tokens 20000
 """
 
