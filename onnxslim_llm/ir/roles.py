@@ -160,8 +160,8 @@ def _is_light(node: gs.Node) -> bool:
     """Whether the node leaves its input what it was; an Add of two activations is a residual."""
     if node.op in ("Add", "Sub", "Mul", "Div"):
         return any(isinstance(tensor, gs.Constant) for tensor in node.inputs)
-    return node.op in _LIGHT
+    return bool(node.op in _LIGHT)
 
 
 def _is_vector(constant: gs.Constant) -> bool:
-    return sum(size > 1 for size in constant.shape) == 1
+    return bool(sum(size > 1 for size in constant.shape) == 1)

@@ -142,7 +142,7 @@ def _attribute_key(value: Any) -> Hashable | None:
         weight = weight_of(value)
         return (weight.onnx_dtype, weight.shape, weight.digest())
     if isinstance(value, onnx.AttributeProto):
-        return value.SerializeToString(deterministic=True)
+        return bytes(value.SerializeToString(deterministic=True))
     if isinstance(value, list | tuple):
         return tuple((type(item).__name__, item) for item in value)
     if isinstance(value, int | float | str | bytes):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ FOLDABLE = frozenset(
 GENERATORS = frozenset(["ConstantOfShape", "Expand", "OneHot", "Pad", "Range", "Tile"])
 
 #: The reference implementation lacks their forms with axes as an attribute (before opset 13).
-_AXES_ATTRIBUTE = {"Squeeze": np.squeeze, "Unsqueeze": np.expand_dims}
+_AXES_ATTRIBUTE: dict[str, Callable[..., NDArray[Any]]] = {"Squeeze": np.squeeze, "Unsqueeze": np.expand_dims}
 
 
 def evaluate(node: gs.Node, inputs: Sequence[NDArray[Any] | None], opset: int) -> list[NDArray[Any]] | None:

@@ -70,13 +70,13 @@ def constant_ints(tensor: gs.Tensor) -> list[int] | None:
     return None if value is None or value.dtype.kind not in "iu" else [int(v) for v in np.reshape(value, -1)]
 
 
-_FLOAT_BITS = {  # (exponent, mantissa) bits
+_FLOAT_BITS: dict[int, tuple[int, int]] = {  # (exponent, mantissa) bits
     TensorProto.BFLOAT16: (8, 7),
     TensorProto.FLOAT16: (5, 10),
     TensorProto.FLOAT: (8, 23),
     TensorProto.DOUBLE: (11, 52),
 }
-_INTEGER_BITS = {  # (is signed, bits of magnitude)
+_INTEGER_BITS: dict[int, tuple[bool, int]] = {  # (is signed, bits of magnitude)
     TensorProto.BOOL: (False, 1),
     TensorProto.UINT8: (False, 8),
     TensorProto.INT8: (True, 7),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 from onnx import TensorProto
 
 from onnxslim_llm.ir import dtypes
@@ -128,7 +129,7 @@ class FoldConstants(Pass):
         return [weight_of(constant("", result)) for result in results]
 
 
-def _load(tensor: gs.Tensor) -> object:
+def _load(tensor: gs.Tensor) -> NDArray[Any]:
     source = constant_tensor(tensor)
     assert source is not None
     return weight_of(source).load()

@@ -113,7 +113,8 @@ def _prune_loop(ports: _Ports, model: Model) -> list[str]:
 
 
 def _prune_scan(ports: _Ports, model: Model) -> list[str]:
-    node, sites = ports.node, []
+    node = ports.node
+    sites: list[str] = []
     if (model.opset() or 1) < _SCAN_SINCE:
         return sites
     body: gs.Graph = node.attrs["body"]

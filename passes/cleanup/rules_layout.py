@@ -106,6 +106,7 @@ def _given(value: Any) -> bool:
 
 def _takes_all(match: Match) -> Refusal | None:
     node = match.root
+    steps: list[int] | None
     if "starts" in node.attrs:
         starts, ends, steps = node.attrs["starts"], node.attrs["ends"], [1]
     else:
