@@ -75,11 +75,13 @@ class WeightJob(ABC):
         outputs: What it makes.
         fingerprint: Stable text of what it computes, parameters and code version included. Two jobs of one class with
             the same fingerprint and inputs give the same bytes, on every machine and in every run.
+        figures: What `finish` said when the job was computed in memory as a whole; None before.
     """
 
     inputs: tuple[Weight, ...]
     outputs: tuple[TensorSpec, ...]
     fingerprint: str
+    figures: dict[str, Any] | None = None
 
     @abstractmethod
     def tiles(self) -> Sequence[Tile]:
@@ -127,7 +129,7 @@ class WeightJob(ABC):
                     raise CompilerBug("a weight job writes outside of its output", where=self.where())
                 results[index][offset : offset + piece.size] = piece
             stats.append(output.stats)
-        self.finish(stats)
+        self.figures = self.finish(stats)
         for weight in self.inputs:
             weight.release()
         return results

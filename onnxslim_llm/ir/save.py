@@ -19,6 +19,7 @@ from onnx import TensorProto
 
 from onnxslim_llm.errors import ModelError, ResourceError, UsageError
 from onnxslim_llm.ir.datafile import DataFile, resource_errors, sync_folder, write_file
+from onnxslim_llm.ir.jobs import DerivedWeight
 from onnxslim_llm.ir.layout import Layout, plan_layout
 from onnxslim_llm.ir.model import INLINE_LIMIT, Model
 from onnxslim_llm.ir.weight import Weight
@@ -130,6 +131,7 @@ def save_model(
         _write_data(data_path, layout, units, options, progress, journal, report)
     kept = {key: data for unit in units for key, data in unit.kept.items()}
     content = _graph_bytes(model, layout, data_path.name, kept)
+    _add_inline_figures(model, report)
     write_file(path, content, options.fsync)
     report.bytes_written += len(content)
     report.bytes = len(content) + layout.size
@@ -190,6 +192,14 @@ def _write_data(
             raise
     order = {name: place for place, name in enumerate(names.values())}
     report.weights = dict(sorted(report.weights.items(), key=lambda item: order[item[0]]))
+
+
+def _add_inline_figures(model: Model, report: SaveReport) -> None:
+    """Report on the jobs whose outputs went into the model file, where no unit of work stands for them."""
+    for constant in model.constants():
+        weight = weight_of(constant).storage
+        if isinstance(weight, DerivedWeight) and weight.job.figures is not None:
+            report.weights.setdefault(weight.job.where(), weight.job.figures)
 
 
 def _unique_names(units: list[Unit]) -> dict[int, str]:
