@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
+from onnxslim_llm.custom_ops import available
 from onnxslim_llm.custom_ops.quantize import BlockSpec, Layout, TileBuffers, column_alignment, quantize_tile
 from onnxslim_llm.errors import ModelError
 from onnxslim_llm.ir.dtypes import bits_of
@@ -21,6 +22,8 @@ __all__ = ["TILE_BYTES", "QuantizeJob"]
 
 #: Input bytes of a tile: small against the memory limit, large against the cost of starting one.
 TILE_BYTES = 32 << 20
+#: Without the compiled quantizer every step has temporaries of its own, in float32.
+_TILE_BYTES_NUMPY = 2 << 20
 #: Blocks after which every row of codes and zero points ends with a whole byte, whatever its width.
 _WHOLE_BYTES = 4
 _BYTE = 8
@@ -101,7 +104,8 @@ class QuantizeJob(BlockJob):
             align = column_alignment(self._spec, Layout(self.layout), self.rows, self.columns)
             line, count = self.rows, self.columns
         size = line * self.inputs[0].dtype.itemsize
-        step = max(align, TILE_BYTES // size // align * align)
+        limit = TILE_BYTES if available() else _TILE_BYTES_NUMPY
+        step = max(align, limit // size // align * align)
         # Input pages, and the codes and scales, which are at most as large.
         return [Tile(a, min(a + step, count), 2 * size * min(step, count - a)) for a in range(0, count, step)]
 

@@ -68,5 +68,5 @@ def test_eval_of_a_model_against_itself(cli: Run, sample_dir: Path) -> None:
 
 def test_eval_without_a_text_is_told(cli: Run, sample_dir: Path) -> None:
     done = cli("eval", sample_dir, "--text", "nowhere.txt")
-    assert done.returncode == 5
+    assert done.returncode == 2
     assert "nowhere.txt" in done.stderr
