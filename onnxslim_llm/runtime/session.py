@@ -58,8 +58,8 @@ _WHERE = (
     re.compile(r"Fatal error: (?P<op>\S+?)\(-?\d+\) is not a registered"),
     re.compile(r"for initializer: (?P<node>\S+?)\.? "),
 )
-# Threads that wait without burning a core. Two sessions at once, or any other work on the machine, make spinning threads
-# wait for each other: a verification beside two busy processes took 38 s with and 1.7 s without.
+# Threads that wait without burning a core. Two sessions at once, or any other work on the machine, make spinning
+# threads wait for each other: a verification beside two busy processes took 38 s with and 1.7 s without.
 _SHARED_MACHINE = {"session.intra_op.allow_spinning": "0"}
 
 _NO_MEMORY = re.compile(r"Failed to allocate memory|bad_alloc|bad allocation|out of memory", re.IGNORECASE)
