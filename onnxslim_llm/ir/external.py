@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from difflib import get_close_matches
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from onnx import TensorProto
@@ -137,7 +138,10 @@ def resolve_model_path(path: str | Path) -> Path:
     if path.is_file():
         return path
     if not path.exists():
-        raise UsageError("no such file", where=str(path), todo="give an .onnx file, or a folder with one")
+        siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = get_close_matches(path.name, siblings, n=1)
+        todo = f"did you mean '{near[0]}'?" if near else "give an .onnx file, or a folder with one"
+        raise UsageError("no such file", where=str(path), todo=todo)
     if not path.is_dir():
         raise UsageError("not a regular file", where=str(path), todo="give an .onnx file")
     models = sorted(path.glob("*.onnx")) or sorted(path.glob("onnx/*.onnx"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import onnx
@@ -20,6 +21,8 @@ __all__ = ["SymbolicValues", "ensure_shapes", "infer_shapes", "shape_of"]
 
 #: onnx's inference names the sizes that it does not know unk__0, unk__1, ...
 _UNKNOWN_PREFIX = "unk__"
+#: Nodes of inlined functions. Real models have thousands; the time of the inference is some microseconds a node.
+_MOST_INLINED = 1_000_000
 
 
 def ensure_shapes(model: Model) -> None:
@@ -79,6 +82,28 @@ def infer_shapes(model: Model) -> SymbolicValues:
         shape = values.shape_of(tensor)
         tensor.derived_shape = None if shape is None else tuple(_written(dim) for dim in shape)
     return values
+
+
+def _size_inlined(proto: onnx.ModelProto) -> int:
+    """Return the nodes that calls of model-local functions stand for; onnx's inference visits every one of them."""
+    bodies = {(function.domain, function.name): function.node for function in proto.functions}
+    sizes: dict[tuple[str, str], int] = {}
+    for start in bodies:
+        stack = [start]
+        while stack:  # no recursion: calls may be nested as deep as a file can say
+            waiting = [key for key in _called(bodies[stack[-1]]) if key in bodies and key not in sizes]
+            if waiting:
+                stack += waiting
+            else:
+                key = stack.pop()
+                sizes[key] = len(bodies[key]) + sum(sizes.get(called, 0) for called in _called(bodies[key]))
+    return sum(sizes.get(called, 0) for called in _called(proto.graph.node))
+
+
+def _called(nodes: Iterable[onnx.NodeProto]) -> list[tuple[str, str]]:
+    inner = [n for node in nodes for attribute in node.attribute for n in attribute.g.node]
+    found = [(node.domain, node.op_type) for node in nodes]
+    return [*found, *_called(inner)] if inner else found
 
 
 def _forget_names(output: onnx.ValueInfoProto) -> None:

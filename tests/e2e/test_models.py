@@ -236,5 +236,7 @@ def test_the_default_recipe_says_why(here: Cli, tmp_path: Path) -> None:
         assert f"recipe '{recipe}'" in done.err, name
 
 
-def test_a_missing_model(here: Cli, tmp_path: Path) -> None:
-    refused(here("compile", "mdoel.onnx"), 2, "mdoel.onnx")
+def test_a_model_whose_name_is_mistyped(here: Cli, tmp_path: Path) -> None:
+    save(mlp(), tmp_path / "model.onnx")
+    refused(here("compile", "mdoel.onnx"), 2, "mdoel.onnx", "did you mean 'model.onnx'?")
+    refused(here("compile", "nowhere/model.onnx"), 2, "nowhere/model.onnx")
