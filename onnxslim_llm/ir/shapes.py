@@ -64,8 +64,11 @@ def infer_shapes(model: Model) -> SymbolicValues:
     for output in proto.graph.output:
         _forget_names(output)
     _forget_defaults(proto.graph)
+    if _size_inlined(proto) > _MOST_INLINED:
+        del proto.functions[:]
     try:
-        proto = shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
+        # Without onnx's propagation of data, which computes whatever it finds, however large; ours is bounded.
+        proto = shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=False)
     except (shape_inference.InferenceError, RuntimeError, ValueError) as error:
         model.notes.append(f"onnx's shape inference failed: {str(error).splitlines()[0]}")
     fixed = {id(t) for t in model.graph.inputs}

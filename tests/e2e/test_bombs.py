@@ -20,6 +20,7 @@ _SECONDS = 60
 
 HEAD = "agraph (float[n] x) => (float[m] y)"
 _SUM = "p = ReduceSum <keepdims = 0> (z)  y = Add (x, p)"
+_DOUBLE = "  ".join(f"a{i + 1} = Concat <axis = 0> (a{i}, a{i})" for i in range(36))
 
 LARGE = {
     "ConstantOfShape": f"s = Constant <value = int64[2] {{300000, 300000}}> ()  z = ConstantOfShape (s)  {_SUM}",
@@ -30,14 +31,8 @@ LARGE = {
         c = Constant <value = int64 {{1}}> ()  r = Range (a, b, c)  z = Cast <to = 1> (r)  {_SUM}""",
     "OneHot": f"""d = Constant <value = int64 {{2000000000}}> ()  v = Constant <value = float[2] {{0.0, 1.0}}> ()
         z = OneHot (ids, d, v)  {_SUM}""",
-    "growing": "  ".join(
-        ["a0 = Concat <axis = 0> (one, one)", *(f"a{i + 1} = Concat <axis = 0> (a{i}, a{i})" for i in range(36))]
-        + ["z = Identity (a36)", _SUM]
-    ),
-    "growing ids": "  ".join(
-        ["a0 = Concat <axis = 0> (ids, ids)", *(f"a{i + 1} = Concat <axis = 0> (a{i}, a{i})" for i in range(36))]
-        + ["z = Cast <to = 1> (a36)", _SUM]
-    ),
+    "growing": f"a0 = Concat <axis = 0> (one, one)  {_DOUBLE}  z = Identity (a36)  {_SUM}",
+    "growing ids": f"a0 = Concat <axis = 0> (ids, ids)  {_DOUBLE}  z = Cast <to = 1> (a36)  {_SUM}",
 }
 
 
