@@ -22,8 +22,8 @@ from onnxslim_llm.compiler.nonfinite import NonFinite, nonfinite_weights
 from onnxslim_llm.compiler.progress import Progress, Silent
 from onnxslim_llm.compiler.verification import Judge, may_roll_back
 from onnxslim_llm.errors import CompilerBug, GateError, ModelError, UsageError
-from onnxslim_llm.ir.external import resolve_model_path
 from onnxslim_llm.ir.model import Model, open_model
+from onnxslim_llm.ir.proto.external import resolve_model_path
 from onnxslim_llm.ir.save import SaveOptions, SaveReport, save_model
 from onnxslim_llm.recipe import Recipe
 from onnxslim_llm.rewrite.context import Context

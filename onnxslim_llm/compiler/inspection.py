@@ -11,10 +11,10 @@ import numpy as np
 
 from onnxslim_llm.compiler.account import describe
 from onnxslim_llm.compiler.defaults import default_recipe
-from onnxslim_llm.ir.external import resolve_model_path
 from onnxslim_llm.ir.model import Model, open_model
-from onnxslim_llm.ir.weight import Weight
+from onnxslim_llm.ir.proto.external import resolve_model_path
 from onnxslim_llm.ir.weights import SparseWeight, weight_of
+from onnxslim_llm.ir.weights.weight import Weight
 from onnxslim_llm.recipe import Recipe
 from onnxslim_llm.report.sizes import WeightUse, bytes_by_dtype, bytes_by_role, weight_uses
 from onnxslim_llm.rewrite.context import Context

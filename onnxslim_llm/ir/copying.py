@@ -6,8 +6,8 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from onnxslim_llm.ir.imports import copy_imports
-from onnxslim_llm.ir.skeleton import FunctionSkeleton, GraphSkeleton, skeleton_of
+from onnxslim_llm.ir.proto.imports import copy_imports
+from onnxslim_llm.ir.proto.skeleton import FunctionSkeleton, GraphSkeleton, skeleton_of
 
 __all__ = ["copy_graph", "copy_nodes"]
 

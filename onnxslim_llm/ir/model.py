@@ -12,10 +12,11 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, defs
 
 from onnxslim_llm.errors import ModelError
-from onnxslim_llm.ir.check import check_model, check_text
 from onnxslim_llm.ir.copying import copy_graph
-from onnxslim_llm.ir.external import ExternalFiles, resolve_model_path
-from onnxslim_llm.ir.imports import (
+from onnxslim_llm.ir.names import NameSource
+from onnxslim_llm.ir.proto.check import check_model, check_text
+from onnxslim_llm.ir.proto.external import ExternalFiles, resolve_model_path
+from onnxslim_llm.ir.proto.imports import (
     canonical,
     check_opsets,
     copy_imports,
@@ -24,17 +25,16 @@ from onnxslim_llm.ir.imports import (
     used_domains,
     write_imports,
 )
-from onnxslim_llm.ir.names import NameSource
-from onnxslim_llm.ir.openfile import parse_file
-from onnxslim_llm.ir.reader import adopt, mark_overridable, read_function, read_graph
-from onnxslim_llm.ir.skeleton import copy_without
-from onnxslim_llm.ir.tensors import TensorReader
-from onnxslim_llm.ir.value_lists import listing_of
-from onnxslim_llm.ir.versions import FIRST_IR_WITH_CONSTANTS, FIRST_IR_WITH_OPSETS, ir_version_to_write
+from onnxslim_llm.ir.proto.openfile import parse_file
+from onnxslim_llm.ir.proto.reader import adopt, mark_overridable, read_function, read_graph
+from onnxslim_llm.ir.proto.skeleton import copy_without
+from onnxslim_llm.ir.proto.tensors import TensorReader
+from onnxslim_llm.ir.proto.value_lists import listing_of
+from onnxslim_llm.ir.proto.versions import FIRST_IR_WITH_CONSTANTS, FIRST_IR_WITH_OPSETS, ir_version_to_write
+from onnxslim_llm.ir.proto.writer import Store, Writer, inline_store
 from onnxslim_llm.ir.walk import all_constants, operator_name, with_subgraphs
-from onnxslim_llm.ir.weight import Weight
 from onnxslim_llm.ir.weights import weight_of
-from onnxslim_llm.ir.writer import Store, Writer, inline_store
+from onnxslim_llm.ir.weights.weight import Weight
 
 __all__ = ["INLINE_LIMIT", "STUB_BYTES", "Model", "from_proto", "open_model", "resolve_model_path"]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import onnx_graphsurgeon as gs
 
-from onnxslim_llm.ir.skeleton import GraphSkeleton, skeleton_of
+from onnxslim_llm.ir.proto.skeleton import GraphSkeleton, skeleton_of
 
 __all__ = ["NameSource"]
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import onnx_graphsurgeon as gs
 
 from onnxslim_llm.errors import CompilerBug
-from onnxslim_llm.ir.skeleton import GraphSkeleton, skeleton_of
+from onnxslim_llm.ir.proto.skeleton import GraphSkeleton, skeleton_of
 from onnxslim_llm.ir.weights import weight_of
 
 __all__ = [

@@ -7,9 +7,9 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from onnxslim_llm.ir.dtypes import dtype_name
 from onnxslim_llm.ir.roles import ROLES, constant_roles
 from onnxslim_llm.ir.weights import weight_of
+from onnxslim_llm.ir.weights.dtypes import dtype_name
 
 if TYPE_CHECKING:
     from onnxslim_llm.ir.model import Model

@@ -15,9 +15,9 @@ import onnx_graphsurgeon as gs
 from onnx import parser
 
 from onnxslim_llm.errors import CompilerBug
-from onnxslim_llm.ir.external import ExternalFiles
-from onnxslim_llm.ir.reader import read_function
-from onnxslim_llm.ir.tensors import TensorReader
+from onnxslim_llm.ir.proto.external import ExternalFiles
+from onnxslim_llm.ir.proto.reader import read_function
+from onnxslim_llm.ir.proto.tensors import TensorReader
 from onnxslim_llm.rewrite.edit import detach, inherit_metadata
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnxslim_llm.ir.skeleton import NodeSkeleton, skeleton_of
+from onnxslim_llm.ir.proto.skeleton import NodeSkeleton, skeleton_of
 from onnxslim_llm.ir.weights import constant
 
 if TYPE_CHECKING:

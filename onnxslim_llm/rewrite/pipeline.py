@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from onnxslim_llm.errors import CompilerBug, ModelError, SlimError
-from onnxslim_llm.ir.check import check_model
+from onnxslim_llm.ir.proto.check import check_model
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.passes import Change, Pass, Skip
 from onnxslim_llm.rewrite.registry import make_pass

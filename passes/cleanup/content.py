@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from onnxslim_llm.ir import dtypes
-from onnxslim_llm.ir.weights import DerivedWeight, Weight
+from onnxslim_llm.ir.weights import DerivedWeight, Weight, dtypes
 
 __all__ = ["equal_content", "equal_transposed", "fingerprint", "is_readable"]
 

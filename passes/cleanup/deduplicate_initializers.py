@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import onnx_graphsurgeon as gs
 
 from onnxslim_llm.ir.ownership import is_overridable, owned_constants, subgraphs
-from onnxslim_llm.ir.skeleton import GraphSkeleton, skeleton_of
+from onnxslim_llm.ir.proto.skeleton import GraphSkeleton, skeleton_of
 from onnxslim_llm.ir.weights import SparseWeight, Weight, weight_of
 from onnxslim_llm.passes.cleanup.content import equal_content, fingerprint
 from onnxslim_llm.rewrite.edit import redirect

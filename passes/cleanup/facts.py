@@ -6,9 +6,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
-from onnxslim_llm.ir import dtypes
 from onnxslim_llm.ir.shapes import shape_of
-from onnxslim_llm.ir.weights import weight_of
+from onnxslim_llm.ir.weights import dtypes, weight_of
 from onnxslim_llm.rewrite.constants import constant_value
 from onnxslim_llm.rewrite.matcher import Match
 from onnxslim_llm.rewrite.rule import Refusal

@@ -9,8 +9,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxslim_llm.ir.dims import Dim, Expr
 from onnxslim_llm.ir.shapes import SymbolicValues, infer_shapes
+from onnxslim_llm.ir.shapes.dims import Dim, Expr
 from onnxslim_llm.ir.weights import constant
 from onnxslim_llm.rewrite.edit import redirect, remove_dead, replace_output
 from onnxslim_llm.rewrite.engine import graph_output_ids

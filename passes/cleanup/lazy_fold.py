@@ -9,9 +9,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
-from onnxslim_llm.ir import dtypes
-from onnxslim_llm.ir.jobs import TensorSpec, Tile, TileOutput, WeightJob, derive
-from onnxslim_llm.ir.weights import ViewWeight, Weight
+from onnxslim_llm.ir.weights import ViewWeight, Weight, dtypes
+from onnxslim_llm.ir.weights.jobs import TensorSpec, Tile, TileOutput, WeightJob, derive
 
 if TYPE_CHECKING:
     from collections.abc import Buffer  # type: ignore[attr-defined]  # Python 3.12

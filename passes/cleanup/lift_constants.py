@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
-from onnxslim_llm.ir.skeleton import GraphSkeleton, skeleton_of
+from onnxslim_llm.ir.proto.skeleton import GraphSkeleton, skeleton_of
 from onnxslim_llm.ir.weights import constant, weight_of
 from onnxslim_llm.rewrite.edit import detach, redirect
 from onnxslim_llm.rewrite.engine import graph_output_ids

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import onnx_graphsurgeon as gs
 
-from onnxslim_llm.ir.skeleton import GraphSkeleton, skeleton_of
+from onnxslim_llm.ir.proto.skeleton import GraphSkeleton, skeleton_of
 from onnxslim_llm.rewrite.passes import Change, Pass
 
 if TYPE_CHECKING:

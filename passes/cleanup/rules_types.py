@@ -7,7 +7,7 @@ from typing import Any
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
-from onnxslim_llm.ir import dtypes
+from onnxslim_llm.ir.weights import dtypes
 from onnxslim_llm.passes.cleanup.facts import onnx_type, widens
 from onnxslim_llm.rewrite.edit import Builder
 from onnxslim_llm.rewrite.matcher import Match

@@ -8,9 +8,8 @@ from typing import ClassVar
 import onnx_graphsurgeon as gs
 
 from onnxslim_llm.errors import CompilerBug, UsageError
-from onnxslim_llm.ir import dtypes
 from onnxslim_llm.ir.model import Model
-from onnxslim_llm.ir.weights import ViewWeight
+from onnxslim_llm.ir.weights import ViewWeight, dtypes
 from onnxslim_llm.passes.lower.codes import BlockCall, Constants, take_calls
 from onnxslim_llm.passes.lower.tables import gather_columns, gather_rows
 from onnxslim_llm.rewrite.block_weights import BLOCK_MATMUL

@@ -9,8 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
-from onnxslim_llm.ir import dtypes
-from onnxslim_llm.ir.weights import AliasWeight, Weight
+from onnxslim_llm.ir.weights import AliasWeight, Weight, dtypes
 from onnxslim_llm.passes.lower.codes import BlockCall, Constants
 from onnxslim_llm.rewrite.edit import Builder
 

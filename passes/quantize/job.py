@@ -13,9 +13,9 @@ from onnx import TensorProto
 from onnxslim_llm.custom_ops import available
 from onnxslim_llm.custom_ops.quantize import BlockSpec, Layout, TileBuffers, column_alignment, quantize_tile
 from onnxslim_llm.errors import ModelError
-from onnxslim_llm.ir.dtypes import bits_of
-from onnxslim_llm.ir.jobs import TensorSpec, Tile, TileOutput
-from onnxslim_llm.ir.weight import Weight
+from onnxslim_llm.ir.weights.dtypes import bits_of
+from onnxslim_llm.ir.weights.jobs import TensorSpec, Tile, TileOutput
+from onnxslim_llm.ir.weights.weight import Weight
 from onnxslim_llm.rewrite.block_weights import BlockJob, BlockLayout, WeightScheme
 
 __all__ = ["TILE_BYTES", "QuantizeJob"]

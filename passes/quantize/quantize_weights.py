@@ -12,11 +12,11 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from onnxslim_llm.errors import UsageError
-from onnxslim_llm.ir.jobs import derive
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.opset import convert_opset
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.weights import Weight, constant
+from onnxslim_llm.ir.weights.jobs import derive
 from onnxslim_llm.passes.quantize.attention import SENSITIVE, Sensitive
 from onnxslim_llm.passes.quantize.job import QuantizeJob
 from onnxslim_llm.passes.quantize.settings import ScaleType, Settings, check_scheme, check_scopes, compile_patterns

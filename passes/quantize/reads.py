@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from onnxslim_llm.ir import dtypes
-from onnxslim_llm.ir.weight import Weight
-from onnxslim_llm.ir.weights import weight_of
+from onnxslim_llm.ir.weights import dtypes, weight_of
+from onnxslim_llm.ir.weights.weight import Weight
 from onnxslim_llm.rewrite.schema import normal_domain
 
 __all__ = ["WeightRead", "gather_reason", "k_axis_of", "product_reason", "read_weight"]

@@ -10,9 +10,9 @@ import onnx_graphsurgeon as gs
 
 from onnxslim_llm.ir.ownership import is_overridable
 from onnxslim_llm.ir.roles import constant_roles
-from onnxslim_llm.ir.sparse import SparseWeight
-from onnxslim_llm.ir.weight import Weight
 from onnxslim_llm.ir.weights import weight_of
+from onnxslim_llm.ir.weights.sparse import SparseWeight
+from onnxslim_llm.ir.weights.weight import Weight
 from onnxslim_llm.passes.quantize.attention import AttentionFlow, Sensitive
 from onnxslim_llm.passes.quantize.reads import WeightRead, gather_reason, k_axis_of, product_reason, read_weight
 from onnxslim_llm.rewrite.schema import normal_domain

@@ -82,7 +82,7 @@ def test_killed_at_random_moments(here: Cli, tmp_path: Path, wide: Path, environ
 STAGES = """
 import os, signal, sys, threading, time
 from onnxslim_llm.cli.run import run
-from onnxslim_llm.ir import datafile
+from onnxslim_llm.ir.save import datafile
 
 kind, after, arguments = getattr(signal, sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 written = 0

@@ -28,10 +28,10 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from onnxslim_llm.errors import ModelError
-from onnxslim_llm.ir.jobs import TensorSpec, Tile, TileOutput, WeightJob, derive
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.save import SaveOptions, save_model
 from onnxslim_llm.ir.weights import MappedFile, MappedWeight, Weight, constant
+from onnxslim_llm.ir.weights.jobs import TensorSpec, Tile, TileOutput, WeightJob, derive
 
 TILE_BYTES = 4 << 20
 

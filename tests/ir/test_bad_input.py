@@ -13,8 +13,8 @@ from ir_samples import kitchen_sink, linear, same, text, write_external
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxslim_llm.errors import ModelError, ResourceError, SlimError, UsageError
-from onnxslim_llm.ir.external import resolve_model_path
 from onnxslim_llm.ir.model import from_proto, open_model
+from onnxslim_llm.ir.proto.external import resolve_model_path
 
 VALUES = np.arange(1024, dtype=np.float32)
 RAW = VALUES.tobytes()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxslim_llm.ir.dims import Dim, Expr, divide, is_nonnegative, is_positive, parse, product, symbol
+from onnxslim_llm.ir.shapes.dims import Dim, Expr, divide, is_nonnegative, is_positive, parse, product, symbol
 
 a, b = symbol("a"), symbol("b")
 

@@ -14,11 +14,11 @@ from ir_samples import kitchen_sink, linear, same
 from onnx import TensorProto, numpy_helper
 
 from onnxslim_llm.errors import CompilerBug, ModelError, ResourceError, UsageError
-from onnxslim_llm.ir.jobs import TileOutput, derive
-from onnxslim_llm.ir.layout import plan_layout
 from onnxslim_llm.ir.model import from_proto, open_model
 from onnxslim_llm.ir.save import SaveOptions, save_model
+from onnxslim_llm.ir.save.layout import plan_layout
 from onnxslim_llm.ir.weights import AliasWeight, ArrayWeight, ViewWeight, weight_of
+from onnxslim_llm.ir.weights.jobs import TileOutput, derive
 
 EXTERNAL = SaveOptions(external=True)
 

@@ -13,9 +13,9 @@ from cleanup.torchscript_decoder import Sizes, build
 from cleanup.torchscript_decoder import feeds as decoder_feeds
 from onnx import helper, numpy_helper, parser
 
-from onnxslim_llm.ir.dims import Dim
 from onnxslim_llm.ir.model import Model, from_proto
 from onnxslim_llm.ir.shapes import SymbolicValues, ensure_shapes, infer_shapes, shape_of
+from onnxslim_llm.ir.shapes.dims import Dim
 
 
 def model(text: str, opset: int = 18, **initializers: Any) -> Model:

@@ -15,8 +15,6 @@ from ir_samples import NUMERIC_TYPES, draw
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxslim_llm.errors import ModelError
-from onnxslim_llm.ir import dtypes
-from onnxslim_llm.ir.jobs import TensorSpec, derive
 from onnxslim_llm.ir.weights import (
     AliasWeight,
     ArrayWeight,
@@ -26,8 +24,10 @@ from onnxslim_llm.ir.weights import (
     ViewWeight,
     Weight,
     constant,
+    dtypes,
     weight_of,
 )
+from onnxslim_llm.ir.weights.jobs import TensorSpec, derive
 
 SIX_BITS = {TensorProto.FLOAT6E2M3: ml_dtypes.float6_e2m3fn, TensorProto.FLOAT6E3M2: ml_dtypes.float6_e3m2fn}
 

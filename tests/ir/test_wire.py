@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ir_samples import kitchen_sink
 from onnx import helper, numpy_helper
 
-from onnxslim_llm.ir.wire import INLINE_BYTES, PLACE, WireError, strip_raw_data
+from onnxslim_llm.ir.proto.wire import INLINE_BYTES, PLACE, WireError, strip_raw_data
 
 MARK = b"0123456789abcdef"
 

@@ -10,7 +10,7 @@ import pytest
 from rewrite_graphs import model, ops, rewrite
 
 from onnxslim_llm.errors import CompilerBug
-from onnxslim_llm.ir.skeleton import NodeSkeleton, skeleton_of
+from onnxslim_llm.ir.proto.skeleton import NodeSkeleton, skeleton_of
 from onnxslim_llm.rewrite.edit import Builder
 from onnxslim_llm.rewrite.engine import apply_rules
 from onnxslim_llm.rewrite.matcher import Match

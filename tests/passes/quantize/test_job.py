@@ -7,9 +7,8 @@ from onnx import TensorProto
 
 from onnxslim_llm.custom_ops.quantize import BlockSpec, Layout, Method, quantize_tile
 from onnxslim_llm.errors import ModelError
-from onnxslim_llm.ir import dtypes
-from onnxslim_llm.ir.jobs import derive
-from onnxslim_llm.ir.weights import ArrayWeight
+from onnxslim_llm.ir.weights import ArrayWeight, dtypes
+from onnxslim_llm.ir.weights.jobs import derive
 from onnxslim_llm.passes.quantize import job as job_module
 from onnxslim_llm.passes.quantize.job import QuantizeJob
 from onnxslim_llm.rewrite.block_weights import BlockLayout, WeightScheme

@@ -9,16 +9,16 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, defs
 
-from onnxslim_llm.ir.attributes import write_attribute
-from onnxslim_llm.ir.imports import write_imports
 from onnxslim_llm.ir.ownership import owned_constants
-from onnxslim_llm.ir.skeleton import FunctionSkeleton, GraphSkeleton, NodeSkeleton, copy_without, skeleton_of
-from onnxslim_llm.ir.sparse import SparseWeight
-from onnxslim_llm.ir.stored import ProtoWeight
-from onnxslim_llm.ir.value_lists import Listing, alive_ids, write_values
-from onnxslim_llm.ir.values import assign, write_value
-from onnxslim_llm.ir.weight import Weight
+from onnxslim_llm.ir.proto.attributes import write_attribute
+from onnxslim_llm.ir.proto.imports import write_imports
+from onnxslim_llm.ir.proto.skeleton import FunctionSkeleton, GraphSkeleton, NodeSkeleton, copy_without, skeleton_of
+from onnxslim_llm.ir.proto.value_lists import Listing, alive_ids, write_values
+from onnxslim_llm.ir.proto.values import assign, write_value
 from onnxslim_llm.ir.weights import weight_of
+from onnxslim_llm.ir.weights.sparse import SparseWeight
+from onnxslim_llm.ir.weights.stored import ProtoWeight
+from onnxslim_llm.ir.weights.weight import Weight
 
 __all__ = ["Store", "Writer", "inline_store"]
 

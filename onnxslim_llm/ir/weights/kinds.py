@@ -9,13 +9,13 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
-from onnxslim_llm.ir import dtypes
-from onnxslim_llm.ir.jobs import DerivedWeight
-from onnxslim_llm.ir.mapping import MappedFile
-from onnxslim_llm.ir.sparse import SparseWeight
-from onnxslim_llm.ir.stored import ArrayWeight, MappedWeight, ProtoWeight
-from onnxslim_llm.ir.views import AliasWeight, ViewWeight
-from onnxslim_llm.ir.weight import Weight
+from onnxslim_llm.ir.weights import dtypes
+from onnxslim_llm.ir.weights.jobs import DerivedWeight
+from onnxslim_llm.ir.weights.mapping import MappedFile
+from onnxslim_llm.ir.weights.sparse import SparseWeight
+from onnxslim_llm.ir.weights.stored import ArrayWeight, MappedWeight, ProtoWeight
+from onnxslim_llm.ir.weights.views import AliasWeight, ViewWeight
+from onnxslim_llm.ir.weights.weight import Weight
 
 __all__ = [
     "AliasWeight",

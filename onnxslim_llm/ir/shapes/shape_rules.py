@@ -14,8 +14,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxslim_llm.ir.dims import Dim, is_nonnegative, product
-from onnxslim_llm.ir.sizes import broadcast, meet, quotient, slice_size
+from onnxslim_llm.ir.shapes.dims import Dim, is_nonnegative, product
+from onnxslim_llm.ir.shapes.sizes import broadcast, meet, quotient, slice_size
 
 __all__ = ["SHAPE_RULES", "NodeView", "Shape"]
 

@@ -11,9 +11,9 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from onnxslim_llm.errors import ModelError
-from onnxslim_llm.ir import dtypes
-from onnxslim_llm.ir.mapping import MappedFile
-from onnxslim_llm.ir.weight import Weight
+from onnxslim_llm.ir.weights import dtypes
+from onnxslim_llm.ir.weights.mapping import MappedFile
+from onnxslim_llm.ir.weights.weight import Weight
 
 if TYPE_CHECKING:
     from collections.abc import Buffer  # type: ignore[attr-defined]  # Python 3.12

@@ -23,8 +23,8 @@ from onnx import AttributeProto, TensorProto
 from onnx_graphsurgeon.util import misc
 
 from onnxslim_llm.errors import ModelError
-from onnxslim_llm.ir import dtypes
-from onnxslim_llm.ir.skeleton import copy_without
+from onnxslim_llm.ir.proto.skeleton import copy_without
+from onnxslim_llm.ir.weights import dtypes
 
 __all__ = ["read_attribute", "write_attribute"]
 

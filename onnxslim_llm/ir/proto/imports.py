@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 from onnx import OperatorSetIdProto, defs
 
 from onnxslim_llm.errors import ModelError
-from onnxslim_llm.ir.versions import FIRST_IR_WITH_OPSETS
+from onnxslim_llm.ir.proto.versions import FIRST_IR_WITH_OPSETS
 
 __all__ = [
     "canonical",

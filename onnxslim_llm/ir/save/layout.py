@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Literal
 
 from onnx import TensorProto
 
-from onnxslim_llm.ir import dtypes
-from onnxslim_llm.ir.jobs import DerivedWeight
-from onnxslim_llm.ir.sparse import SparseWeight
-from onnxslim_llm.ir.stored import MappedWeight
-from onnxslim_llm.ir.views import AliasWeight, ViewWeight
 from onnxslim_llm.ir.walk import all_initializers
-from onnxslim_llm.ir.weight import Weight
-from onnxslim_llm.ir.weights import weight_of
+from onnxslim_llm.ir.weights import dtypes, weight_of
+from onnxslim_llm.ir.weights.jobs import DerivedWeight
+from onnxslim_llm.ir.weights.sparse import SparseWeight
+from onnxslim_llm.ir.weights.stored import MappedWeight
+from onnxslim_llm.ir.weights.views import AliasWeight, ViewWeight
+from onnxslim_llm.ir.weights.weight import Weight
 
 if TYPE_CHECKING:
     from onnxslim_llm.ir.model import Model

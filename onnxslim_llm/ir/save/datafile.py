@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from onnxslim_llm.errors import ResourceError
-from onnxslim_llm.ir.mapping import MappedFile
+from onnxslim_llm.ir.weights.mapping import MappedFile
 
 if TYPE_CHECKING:
     from collections.abc import Buffer  # type: ignore[attr-defined]  # Python 3.12

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from onnxslim_llm.errors import CompilerBug
-from onnxslim_llm.ir.datafile import DataFile
-from onnxslim_llm.ir.jobs import DerivedWeight, Tile, WeightJob
-from onnxslim_llm.ir.layout import Layout, Region, work_identity
-from onnxslim_llm.ir.stored import MappedWeight
-from onnxslim_llm.ir.weight import CHUNK_BYTES
+from onnxslim_llm.ir.save.datafile import DataFile
+from onnxslim_llm.ir.save.layout import Layout, Region, work_identity
+from onnxslim_llm.ir.weights.jobs import DerivedWeight, Tile, WeightJob
+from onnxslim_llm.ir.weights.stored import MappedWeight
+from onnxslim_llm.ir.weights.weight import CHUNK_BYTES
 
 __all__ = ["Cancelled", "Unit", "plan_work"]
 

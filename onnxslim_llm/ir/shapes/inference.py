@@ -9,9 +9,9 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import shape_inference
 
-from onnxslim_llm.ir.dims import Dim
-from onnxslim_llm.ir.symbolic import SymbolicValues, is_named
-from onnxslim_llm.ir.values import read_type
+from onnxslim_llm.ir.proto.values import read_type
+from onnxslim_llm.ir.shapes.dims import Dim
+from onnxslim_llm.ir.shapes.symbolic import SymbolicValues, is_named
 from onnxslim_llm.ir.weights import weight_of
 
 if TYPE_CHECKING:

@@ -18,14 +18,14 @@ from google.protobuf.message import EncodeError
 from onnx import TensorProto
 
 from onnxslim_llm.errors import ModelError, ResourceError, UsageError
-from onnxslim_llm.ir.datafile import DataFile, resource_errors, sync_folder, write_file
-from onnxslim_llm.ir.jobs import DerivedWeight
-from onnxslim_llm.ir.layout import Layout, plan_layout
 from onnxslim_llm.ir.model import INLINE_LIMIT, Model
-from onnxslim_llm.ir.weight import Weight
+from onnxslim_llm.ir.proto.writer import inline_store
+from onnxslim_llm.ir.save.datafile import DataFile, resource_errors, sync_folder, write_file
+from onnxslim_llm.ir.save.layout import Layout, plan_layout
+from onnxslim_llm.ir.save.work import Unit, plan_work
 from onnxslim_llm.ir.weights import weight_of
-from onnxslim_llm.ir.work import Unit, plan_work
-from onnxslim_llm.ir.writer import inline_store
+from onnxslim_llm.ir.weights.jobs import DerivedWeight
+from onnxslim_llm.ir.weights.weight import Weight
 
 __all__ = ["DetailJournal", "Journal", "SaveOptions", "SaveReport", "save_model"]
 

@@ -12,8 +12,8 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, TypeProto, ValueInfoProto
 from onnx_graphsurgeon.ir.tensor import SparseValues
 
-from onnxslim_llm.ir import dtypes
-from onnxslim_llm.ir.skeleton import ValueSkeleton, copy_without, skeleton_of
+from onnxslim_llm.ir.proto.skeleton import ValueSkeleton, copy_without, skeleton_of
+from onnxslim_llm.ir.weights import dtypes
 
 __all__ = ["assign", "read_type", "variable", "write_value"]
 

@@ -11,14 +11,14 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
 from onnxslim_llm.errors import ModelError
-from onnxslim_llm.ir import dtypes
-from onnxslim_llm.ir.external import ExternalFiles
-from onnxslim_llm.ir.mapping import MappedFile
-from onnxslim_llm.ir.skeleton import copy_without
-from onnxslim_llm.ir.sparse import SparseWeight
-from onnxslim_llm.ir.stored import MappedWeight, ProtoWeight
-from onnxslim_llm.ir.weight import Weight
-from onnxslim_llm.ir.wire import PLACE
+from onnxslim_llm.ir.proto.external import ExternalFiles
+from onnxslim_llm.ir.proto.skeleton import copy_without
+from onnxslim_llm.ir.proto.wire import PLACE
+from onnxslim_llm.ir.weights import dtypes
+from onnxslim_llm.ir.weights.mapping import MappedFile
+from onnxslim_llm.ir.weights.sparse import SparseWeight
+from onnxslim_llm.ir.weights.stored import MappedWeight, ProtoWeight
+from onnxslim_llm.ir.weights.weight import Weight
 
 __all__ = ["InlineMap", "TensorReader"]
 

@@ -14,10 +14,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
-from onnxslim_llm.ir import dtypes
-from onnxslim_llm.ir.dims import Dim, Expr, is_positive, product
-from onnxslim_llm.ir.shape_rules import NodeView
-from onnxslim_llm.ir.value_arithmetic import ARITHMETIC, Rule, Value, elementwise, object_array
+from onnxslim_llm.ir.shapes.dims import Dim, Expr, is_positive, product
+from onnxslim_llm.ir.shapes.shape_rules import NodeView
+from onnxslim_llm.ir.shapes.value_arithmetic import ARITHMETIC, Rule, Value, elementwise, object_array
+from onnxslim_llm.ir.weights import dtypes
 
 __all__ = ["VALUE_RULES"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from onnxslim_llm.ir.dims import Dim, divide, is_nonnegative, product
+from onnxslim_llm.ir.shapes.dims import Dim, divide, is_nonnegative, product
 
 __all__ = ["TO_THE_END", "broadcast", "meet", "quotient", "slice_size"]
 

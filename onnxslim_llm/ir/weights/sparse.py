@@ -12,7 +12,7 @@ from onnx import SparseTensorProto
 from onnx_graphsurgeon.ir.tensor import SparseValues
 
 from onnxslim_llm.errors import ModelError
-from onnxslim_llm.ir.weight import Weight
+from onnxslim_llm.ir.weights.weight import Weight
 
 if TYPE_CHECKING:
     from collections.abc import Buffer  # type: ignore[attr-defined]  # Python 3.12

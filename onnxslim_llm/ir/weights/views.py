@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxslim_llm.ir import dtypes
-from onnxslim_llm.ir.weight import CHUNK_BYTES, Weight
+from onnxslim_llm.ir.weights import dtypes
+from onnxslim_llm.ir.weights.weight import CHUNK_BYTES, Weight
 
 if TYPE_CHECKING:
     from collections.abc import Buffer  # type: ignore[attr-defined]  # Python 3.12

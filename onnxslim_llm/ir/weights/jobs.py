@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnxslim_llm.errors import CompilerBug
-from onnxslim_llm.ir import dtypes
-from onnxslim_llm.ir.weight import Weight
+from onnxslim_llm.ir.weights import dtypes
+from onnxslim_llm.ir.weights.weight import Weight
 
 if TYPE_CHECKING:
     from collections.abc import Buffer  # type: ignore[attr-defined]  # Python 3.12

@@ -12,7 +12,7 @@ from onnx import TensorProto
 
 from onnxslim_llm.errors import ModelError
 from onnxslim_llm.ir.ownership import owned_constants, subgraphs
-from onnxslim_llm.ir.reader import describe
+from onnxslim_llm.ir.proto.reader import describe
 from onnxslim_llm.ir.walk import with_subgraphs
 
 if TYPE_CHECKING:

@@ -8,12 +8,12 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxslim_llm.errors import ModelError
-from onnxslim_llm.ir.attributes import read_attribute
-from onnxslim_llm.ir.imports import copy_imports
 from onnxslim_llm.ir.ownership import used_ids
-from onnxslim_llm.ir.skeleton import FunctionSkeleton, GraphSkeleton, NodeSkeleton, copy_without, skeleton_of
-from onnxslim_llm.ir.tensors import TensorReader
-from onnxslim_llm.ir.values import variable
+from onnxslim_llm.ir.proto.attributes import read_attribute
+from onnxslim_llm.ir.proto.imports import copy_imports
+from onnxslim_llm.ir.proto.skeleton import FunctionSkeleton, GraphSkeleton, NodeSkeleton, copy_without, skeleton_of
+from onnxslim_llm.ir.proto.tensors import TensorReader
+from onnxslim_llm.ir.proto.values import variable
 from onnxslim_llm.ir.walk import with_subgraphs
 
 __all__ = ["TensorReader", "adopt", "describe", "mark_overridable", "read_function", "read_graph"]

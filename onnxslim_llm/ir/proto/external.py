@@ -9,9 +9,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from onnx import TensorProto
 
 from onnxslim_llm.errors import ModelError, UsageError
-from onnxslim_llm.ir import dtypes
-from onnxslim_llm.ir.mapping import MappedFile
-from onnxslim_llm.ir.stored import MappedWeight
+from onnxslim_llm.ir.weights import dtypes
+from onnxslim_llm.ir.weights.mapping import MappedFile
+from onnxslim_llm.ir.weights.stored import MappedWeight
 
 __all__ = ["ExternalFiles", "resolve_model_path"]
 

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
-from onnxslim_llm.ir import dtypes
+from onnxslim_llm.ir.weights import dtypes
 
 if TYPE_CHECKING:
     from collections.abc import Buffer  # type: ignore[attr-defined]  # Python 3.12

@@ -9,9 +9,9 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from onnxslim_llm.errors import ModelError, ResourceError
-from onnxslim_llm.ir.mapping import MappedFile
-from onnxslim_llm.ir.tensors import InlineMap
-from onnxslim_llm.ir.wire import WireError, strip_raw_data
+from onnxslim_llm.ir.proto.tensors import InlineMap
+from onnxslim_llm.ir.proto.wire import WireError, strip_raw_data
+from onnxslim_llm.ir.weights.mapping import MappedFile
 
 __all__ = ["parse_file"]
 

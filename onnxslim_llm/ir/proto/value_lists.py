@@ -10,9 +10,9 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxslim_llm.ir.ownership import is_overridable
-from onnxslim_llm.ir.skeleton import GraphSkeleton
-from onnxslim_llm.ir.values import assign, write_value
-from onnxslim_llm.ir.versions import FIRST_IR_WITH_CONSTANTS
+from onnxslim_llm.ir.proto.skeleton import GraphSkeleton
+from onnxslim_llm.ir.proto.values import assign, write_value
+from onnxslim_llm.ir.proto.versions import FIRST_IR_WITH_CONSTANTS
 
 __all__ = ["Listing", "alive_ids", "listing_of", "write_values"]
 

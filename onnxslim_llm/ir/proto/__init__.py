@@ -1,0 +1,1 @@
+"""Between ONNX protos and graphsurgeon objects, losing nothing."""
