@@ -18,18 +18,19 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "ir": {"errors"},
     "rewrite": {"errors", "ir", "targets"},  # targets: the type of Context.target
+    "concepts": {"errors", "ir", "rewrite"},
     "stats": {"errors", "ir", "rewrite"},
-    "targets": {"errors", "ir", "rewrite", "runtime"},  # a target opens artifacts in its runtime
+    "targets": {"errors", "ir", "rewrite", "concepts", "runtime"},  # a target opens artifacts in its runtime
     "runtime": {"errors", "ir"},
     "verify": {"errors", "ir", "rewrite", "runtime", "targets"},
     "artifact": {"errors", "ir"},
     "report": {"errors", "ir", "artifact"},
     "custom_ops": set(),
-    "passes": {"errors", "ir", "rewrite", "stats", "targets", "custom_ops"},
+    "passes": {"errors", "ir", "rewrite", "concepts", "stats", "targets", "custom_ops"},
     "recipe": {"errors", "rewrite", "targets"},
     "compiler": {
         *("artifact", "errors", "ir", "passes", "recipe", "report", "rewrite", "runtime", "stats", "targets", "verify"),
-        "custom_ops",
+        *("concepts", "custom_ops"),
     },
     "cli": {
         *("artifact", "compiler", "errors", "ir", "recipe", "report", "rewrite", "runtime", "stats", "targets"),

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from onnxslim_llm.rewrite.concepts import DOMAIN
+from onnxslim_llm.concepts.concept import DOMAIN
 from onnxslim_llm.rewrite.schema import normal_domain, schema_of
 
 if TYPE_CHECKING:

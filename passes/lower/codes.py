@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import onnx_graphsurgeon as gs
 
+from onnxslim_llm.concepts.block_weights import BLOCK_GATHER, BLOCK_MATMUL, BlockJob, BlockLayout, job_of
+from onnxslim_llm.concepts.concept import calls
 from onnxslim_llm.ir.weights import Weight, constant
 from onnxslim_llm.ir.weights.jobs import DerivedWeight, derive
-from onnxslim_llm.rewrite.block_weights import BLOCK_GATHER, BLOCK_MATMUL, BlockJob, BlockLayout, job_of
-from onnxslim_llm.rewrite.concepts import calls
 from onnxslim_llm.rewrite.edit import Builder, detach
 
 if TYPE_CHECKING:

@@ -7,13 +7,13 @@ from typing import ClassVar
 
 import onnx_graphsurgeon as gs
 
+from onnxslim_llm.concepts.block_weights import BLOCK_MATMUL
+from onnxslim_llm.concepts.concept import calls, drop_unused_functions, inline_call, replace_nodes
 from onnxslim_llm.errors import CompilerBug, UsageError
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.weights import ViewWeight, dtypes
 from onnxslim_llm.passes.lower.codes import BlockCall, Constants, take_calls
 from onnxslim_llm.passes.lower.tables import gather_columns, gather_rows
-from onnxslim_llm.rewrite.block_weights import BLOCK_MATMUL
-from onnxslim_llm.rewrite.concepts import calls, drop_unused_functions, inline_call, replace_nodes
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.edit import Builder
 from onnxslim_llm.rewrite.passes import Change, Pass

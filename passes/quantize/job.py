@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
+from onnxslim_llm.concepts.block_weights import BlockJob, BlockLayout, WeightScheme
 from onnxslim_llm.custom_ops import available
 from onnxslim_llm.custom_ops.quantize import BlockSpec, Layout, TileBuffers, column_alignment, quantize_tile
 from onnxslim_llm.errors import ModelError
 from onnxslim_llm.ir.weights.dtypes import bits_of
 from onnxslim_llm.ir.weights.jobs import TensorSpec, Tile, TileOutput
 from onnxslim_llm.ir.weights.weight import Weight
-from onnxslim_llm.rewrite.block_weights import BlockJob, BlockLayout, WeightScheme
 
 __all__ = ["TILE_BYTES", "QuantizeJob"]
 

@@ -11,6 +11,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
+from onnxslim_llm.concepts.block_weights import BLOCK_GATHER, BLOCK_MATMUL, WeightScheme
+from onnxslim_llm.concepts.concept import follow_opset, replace_nodes
 from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.opset import convert_opset
@@ -21,8 +23,6 @@ from onnxslim_llm.passes.quantize.attention import SENSITIVE, Sensitive
 from onnxslim_llm.passes.quantize.job import QuantizeJob
 from onnxslim_llm.passes.quantize.settings import ScaleType, Settings, check_scheme, check_scopes, compile_patterns
 from onnxslim_llm.passes.quantize.sites import Site, WeightGroup, find_groups
-from onnxslim_llm.rewrite.block_weights import BLOCK_GATHER, BLOCK_MATMUL, WeightScheme
-from onnxslim_llm.rewrite.concepts import follow_opset, replace_nodes
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.edit import Builder, detach, remove_dead
 from onnxslim_llm.rewrite.engine import graph_output_ids

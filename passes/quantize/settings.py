@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from onnxslim_llm.concepts.block_weights import WeightScheme
 from onnxslim_llm.errors import UsageError, did_you_mean
 from onnxslim_llm.passes.quantize.sites import ComputeType
-from onnxslim_llm.rewrite.block_weights import WeightScheme
 
 __all__ = [
     "BITS",

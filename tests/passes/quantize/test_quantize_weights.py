@@ -8,13 +8,13 @@ import pytest
 from block_models import PRODUCT, VOCAB, model_of, product, proto, rounded, run, skipped, tied, weights, with_weight
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxslim_llm.concepts.block_weights import BLOCK_GATHER, BLOCK_MATMUL
+from onnxslim_llm.concepts.concept import calls
 from onnxslim_llm.errors import ModelError, UsageError
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.ir.weights.jobs import DerivedWeight
 from onnxslim_llm.passes.quantize.quantize_weights import LONG_BLOCK, QuantizeWeights
-from onnxslim_llm.rewrite.block_weights import BLOCK_GATHER, BLOCK_MATMUL
-from onnxslim_llm.rewrite.concepts import calls
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.passes import Change
 from onnxslim_llm.targets import get_target

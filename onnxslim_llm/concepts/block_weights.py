@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import onnx_graphsurgeon as gs
 
+from onnxslim_llm.concepts.concept import Concept
 from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.ir.weights.jobs import DerivedWeight, WeightJob
-from onnxslim_llm.rewrite.concepts import Concept
 
 __all__ = ["BLOCK_GATHER", "BLOCK_MATMUL", "BlockJob", "BlockLayout", "WeightScheme", "job_of"]
 

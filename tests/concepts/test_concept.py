@@ -7,9 +7,7 @@ import onnxruntime
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from onnxslim_llm.errors import CompilerBug
-from onnxslim_llm.ir.model import Model, from_proto
-from onnxslim_llm.rewrite.concepts import (
+from onnxslim_llm.concepts.concept import (
     DOMAIN,
     Concept,
     calls,
@@ -18,6 +16,8 @@ from onnxslim_llm.rewrite.concepts import (
     inline_call,
     replace_nodes,
 )
+from onnxslim_llm.errors import CompilerBug
+from onnxslim_llm.ir.model import Model, from_proto
 
 #: y = (a + b) * factor, with an optional clip.
 SCALED_SUM = Concept(
