@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The generator of random decoders serves benchmarks and tests: `from reference_decoder import DecoderSpec, build`.
 sys.path.insert(0, str(ROOT / "benchmarks"))
+# The zoo of exported models serves the tests of several folders: `from zoo.access import model_path`.
+sys.path.insert(0, str(ROOT / "tests"))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,41 @@
+"""How tests ask for a model of the zoo."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from zoo.families import family
+
+__all__ = ["model_path"]
+
+_NEEDS = {
+    "optimum": ("torch", "transformers", "optimum.exporters.onnx"),
+    "dynamo": ("torch", "transformers", "onnxscript"),
+    "script": ("torch", "transformers"),
+}
+
+
+def model_path(name: str, exporter: str, part: str = "model") -> Path:
+    """The ONNX file of family `name` as `exporter` writes it; skips the test without the exporter's packages.
+
+    Raises:
+        AssertionError: the exporter failed; with its message.
+    """
+    for module in _NEEDS[exporter]:
+        if not _installed(module):
+            pytest.skip(f"{module} is not installed: pip install 'onnxslim-llm[hf]'")
+    from zoo.cache import export
+
+    made = export(family(name), exporter)
+    assert not made.failure, f"{exporter} cannot export {name}: {made.failure}"
+    return made.path(part)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

@@ -1,0 +1,53 @@
+"""Exports by torch.onnx.export(dynamo=False), that is TorchScript, without a cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from zoo.families import Family
+from zoo.sample_inputs import sample
+from zoo.weights import build
+
+__all__ = ["export"]
+
+
+def export(family: Family, folder: Path) -> None:
+    """Write `folder`/model.onnx, batch and sequence length free."""
+    import torch
+
+    inputs, axes, output = sample(family)
+    model = _wrapped(build(family), list(inputs))
+    torch.onnx.export(
+        model,
+        tuple(inputs.values()),
+        str(folder / "model.onnx"),
+        dynamo=False,
+        input_names=list(inputs),
+        output_names=[output],
+        dynamic_axes={**axes, output: {0: "batch", 1: "sequence"}},
+    )
+
+
+def _wrapped(model: Any, names: list[str]) -> Any:
+    """`model` with positional inputs and its first output only, and masks made without vmap, which cannot be traced."""
+    import torch
+    from transformers.integrations.executorch import sdpa_mask_without_vmap
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    class Positional(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *args: Any) -> Any:
+            result = self.model(**dict(zip(names, args, strict=True)), return_dict=True)
+            return result[0]
+
+    if model.config._attn_implementation == "sdpa":
+        ALL_MASK_ATTENTION_FUNCTIONS.register("sdpa_without_vmap", sdpa_mask_without_vmap)
+        ALL_ATTENTION_FUNCTIONS.register("sdpa_without_vmap", ALL_ATTENTION_FUNCTIONS["sdpa"])
+        model.config._attn_implementation = "sdpa_without_vmap"
+    model.config.use_cache = False
+    return Positional()
