@@ -17,9 +17,12 @@ def export(family: Family, folder: Path) -> None:
     import torch
 
     inputs, axes, output = sample(family)
-    model = _wrapped(build(family), list(inputs))
+    model = build(family)
+    model.config.use_cache = False
+    if family.kind != "encoder" and model.config._attn_implementation == "sdpa":
+        _mask_without_vmap(model)
     torch.onnx.export(
-        model,
+        _positional(model, list(inputs)),
         tuple(inputs.values()),
         str(folder / "model.onnx"),
         dynamo=False,
@@ -29,12 +32,21 @@ def export(family: Family, folder: Path) -> None:
     )
 
 
-def _wrapped(model: Any, names: list[str]) -> Any:
-    """`model` with positional inputs and its first output only, and masks made without vmap, which cannot be traced."""
-    import torch
+def _mask_without_vmap(model: Any) -> None:
+    """Let masks be made by plain operators: the default uses vmap, which cannot be traced."""
     from transformers.integrations.executorch import sdpa_mask_without_vmap
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = "sdpa_without_vmap"
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, sdpa_mask_without_vmap)
+    ALL_ATTENTION_FUNCTIONS.register(name, ALL_ATTENTION_FUNCTIONS["sdpa"])
+    model.config._attn_implementation = name
+
+
+def _positional(model: Any, names: list[str]) -> Any:
+    """`model` with positional inputs and its first output only."""
+    import torch
 
     class Positional(torch.nn.Module):
         def __init__(self) -> None:
@@ -42,12 +54,6 @@ def _wrapped(model: Any, names: list[str]) -> Any:
             self.model = model
 
         def forward(self, *args: Any) -> Any:
-            result = self.model(**dict(zip(names, args, strict=True)), return_dict=True)
-            return result[0]
+            return self.model(**dict(zip(names, args, strict=True)), return_dict=True)[0]
 
-    if model.config._attn_implementation == "sdpa":
-        ALL_MASK_ATTENTION_FUNCTIONS.register("sdpa_without_vmap", sdpa_mask_without_vmap)
-        ALL_ATTENTION_FUNCTIONS.register("sdpa_without_vmap", ALL_ATTENTION_FUNCTIONS["sdpa"])
-        model.config._attn_implementation = "sdpa_without_vmap"
-    model.config.use_cache = False
     return Positional()
