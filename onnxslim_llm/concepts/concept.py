@@ -18,7 +18,7 @@ from onnxslim_llm.errors import CompilerBug
 from onnxslim_llm.ir.proto.external import ExternalFiles
 from onnxslim_llm.ir.proto.reader import read_function
 from onnxslim_llm.ir.proto.tensors import TensorReader
-from onnxslim_llm.rewrite.edit import detach, inherit_metadata
+from onnxslim_llm.rewrite.edit import Builder, detach, inherit_metadata
 
 if TYPE_CHECKING:
     from onnxslim_llm.ir.model import Model
@@ -69,6 +69,12 @@ class Concept:
         self._define(model)
         tensors = [gs.Variable.empty() if tensor is None else tensor for tensor in inputs]
         return gs.Node(self.name, name, dict(attributes), tensors, list(outputs), DOMAIN)
+
+    def build(self, op: Builder, *inputs: Any, **attributes: Any) -> gs.Variable:
+        """Add a call with one output to what a rule builds, and return the output; otherwise like `call`."""
+        self._define(op.model)
+        output: gs.Variable = op.call(DOMAIN, self.name, *inputs, **attributes)
+        return output
 
     def is_call(self, node: gs.Node) -> bool:
         """Return whether `node` calls this concept."""

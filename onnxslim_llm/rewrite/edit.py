@@ -24,11 +24,11 @@ __all__ = ["Builder", "detach", "inherit_metadata", "redirect", "remove_dead", "
 class Builder:
     """Makes nodes: `op.Add(x, y)`, `op.call("com.microsoft", "MatMulNBits", a, b, K=64)`.
 
-    The nodes are collected in `nodes`, in order; the caller puts them into the graph.
+    The nodes are collected in `nodes`, in order; the caller puts them into the graph of `model`.
     """
 
     def __init__(self, model: Model, hint: str) -> None:
-        self._model = model
+        self.model = model
         self._hint = hint
         self.nodes: list[gs.Node] = []
 
@@ -39,8 +39,8 @@ class Builder:
 
     def call(self, domain: str, op: str, *inputs: Any, _outputs: int = 1, _name: str = "", **attrs: Any) -> Any:
         """Add a node; an input may be None (omitted), a number, a list or an array (becomes a constant)."""
-        name = self._model.fresh_name(_name or f"{self._hint}/{op}")
-        outputs = [gs.Variable(self._model.fresh_name(f"{name}_output_{i}")) for i in range(_outputs)]
+        name = self.model.fresh_name(_name or f"{self._hint}/{op}")
+        outputs = [gs.Variable(self.model.fresh_name(f"{name}_output_{i}")) for i in range(_outputs)]
         tensors = [self._operand(value, f"{name}_input_{i}") for i, value in enumerate(inputs)]
         present = {k: v for k, v in attrs.items() if v is not None}
         self.nodes.append(gs.Node(op, name, present, tensors, outputs, domain or None))
@@ -48,7 +48,7 @@ class Builder:
 
     def constant(self, value: Any, hint: str = "") -> gs.Constant:
         """Return a new initializer with the given value or `Weight`."""
-        return constant(self._model.fresh_name(hint or f"{self._hint}/constant"), value)
+        return constant(self.model.fresh_name(hint or f"{self._hint}/constant"), value)
 
     def _operand(self, value: Any, hint: str) -> gs.Tensor:
         if value is None:

@@ -1,0 +1,1 @@
+"""Passes that recognise what models are made of: norms, activations, rotary embeddings, attention."""
