@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "ir": {"errors"},
     "rewrite": {"errors", "ir", "targets"},  # targets: the type of Context.target
     "concepts": {"errors", "ir", "rewrite"},
-    "stats": {"errors", "ir", "rewrite"},
+    "stats": {"errors", "ir", "rewrite", "runtime"},
     "targets": {"errors", "ir", "rewrite", "concepts", "runtime"},  # a target opens artifacts in its runtime
     "runtime": {"errors", "ir"},
     "verify": {"errors", "ir", "rewrite", "runtime", "targets"},
@@ -110,5 +110,5 @@ def test_a_pass_imports_no_other_group() -> None:
 def test_kernels_know_no_runtime() -> None:
     """ONNX Runtime's types stop in the glue: no other C++ file names them."""
     for path in (ROOT / "custom_ops").rglob("*"):
-        if path.suffix in (".cpp", ".cc", ".h", ".hpp", ".inc") and "ort" not in path.relative_to(ROOT).parts:
+        if path.suffix in (".cpp", ".cc", ".h", ".hpp", ".inc") and "glue" not in path.relative_to(ROOT).parts:
             assert "OrtApi" not in path.read_text(), path.relative_to(ROOT)

@@ -1,0 +1,176 @@
+"""Run the calibration data through a model, part by part, and add up what enters its products."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnxslim_llm.errors import ModelError
+from onnxslim_llm.runtime.session import Session, open_session
+from onnxslim_llm.stats.calibration import Calibration, Feeds
+from onnxslim_llm.stats.moments import Moments
+from onnxslim_llm.stats.segments import Segment, extract, plan_segments
+from onnxslim_llm.stats.statistics import Statistics
+from onnxslim_llm.stats.taps import Tap, find_taps
+
+__all__ = ["GRAM_LIMIT", "Progress", "collect"]
+
+Progress = Callable[[int, int], None]
+
+#: Bytes of H matrices held at a time.
+GRAM_LIMIT = 512 << 20
+#: Part of the key: raise it when the same model and data give other numbers.
+_VERSION = 1
+
+
+def collect(
+    model: Path,
+    model_digest: str,
+    data: Calibration,
+    folder: Path,
+    *,
+    limit: int = GRAM_LIMIT,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Statistics, list[str]]:
+    """Collect the moments of every distinct input of a product, or take them from `folder`.
+
+    The model runs in consecutive segments. What one hands on to the next lies on disk, so that the memory needed does
+    not grow with the number of samples. An interrupted collection goes on after the last finished segment.
+
+    Args:
+        model: The .onnx file, external data beside it.
+        model_digest: Identifies its content.
+        data: The calibration inputs.
+        folder: Where statistics are kept; made if it does not exist.
+        limit: Bytes of H matrices held at a time.
+        threads: For ONNX Runtime; 0 leaves the choice to it.
+        progress: Called with (done, of how many) samples, all segments together.
+
+    Returns:
+        The statistics, and notes: taps that saw fewer rows than their K, or only zeros.
+
+    Raises:
+        ModelError: The model does not run on the data, or a tensor has NaN or infinite values; it is named.
+    """
+    key = hashlib.sha256(f"statistics v{_VERSION} {model_digest} {data.digest}".encode()).hexdigest()
+    folder.mkdir(parents=True, exist_ok=True)
+    statistics = Statistics(folder, key)
+    statistics.resume()
+    proto = onnx.load(model, load_external_data=False)
+    taps = find_taps(proto.graph)
+    segments = [] if all(map(statistics.has, taps)) else plan_segments(proto.graph, taps, limit)
+    carry = _Carry(folder / "carried", len(data))
+    run = _Run(proto, model, data, statistics, carry, threads, progress or _silent, len(segments))
+    for number, segment in enumerate(segments):
+        run.segment(number, segment)
+    carry.clear()
+    return statistics, [note for tap in statistics.taps for note in _notes(tap, statistics)]
+
+
+def _silent(done: int, total: int) -> None:
+    pass
+
+
+@dataclass
+class _Carry:
+    """Tensors between two segments, a file for each sample."""
+
+    folder: Path
+    samples: int
+
+    def store(self, segment: int, sample: int, tensors: Feeds) -> None:
+        place = self.folder / str(segment)
+        place.mkdir(parents=True, exist_ok=True)
+        with (place / f"{sample}.npz").open("wb") as file:
+            np.savez(file, **{f"t{i}": array for i, array in enumerate(tensors.values())})  # type: ignore[arg-type]
+
+    def load(self, segment: int, sample: int, names: tuple[str, ...]) -> Feeds:
+        if not names:
+            return {}
+        with np.load(self.folder / str(segment) / f"{sample}.npz") as stored:
+            return {name: stored[f"t{i}"] for i, name in enumerate(names)}
+
+    def complete(self, segment: int) -> bool:
+        return all((self.folder / str(segment) / f"{i}.npz").is_file() for i in range(self.samples))
+
+    def drop(self, segment: int) -> None:
+        shutil.rmtree(self.folder / str(segment), ignore_errors=True)
+
+    def clear(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@dataclass
+class _Run:
+    proto: onnx.ModelProto
+    path: Path
+    data: Calibration
+    statistics: Statistics
+    carry: _Carry
+    threads: int
+    progress: Progress
+    segments: int
+
+    def segment(self, number: int, segment: Segment) -> None:
+        """Run one segment over all samples, unless it is done already."""
+        known = all(self.statistics.has(tap) for tap in segment.taps)
+        total = self.segments * len(self.data)
+        if known and (not segment.carried_out or self.carry.complete(number)):
+            self.progress((number + 1) * len(self.data), total)
+            return
+        moments = {tap.tensor: Moments(tap.size) for tap in segment.taps}
+        session: Session | None = None
+        for sample, given in enumerate(self.data.feeds()):
+            available = {**given, **(self.carry.load(number - 1, sample, segment.carried_in) if number else {})}
+            if session is None and segment.stop > segment.start:
+                types = {name: _element(available[name]) for name in segment.carried_in}
+                part = extract(self.proto, segment, types)
+                session = open_session(part, threads=self.threads, base_dir=self.path.parent)
+            if session is not None:
+                available |= session.run({info.name: available[info.name] for info in session.inputs})
+            for tensor, sums in moments.items():
+                _add(sums, tensor, available[tensor])
+            if segment.carried_out:
+                self.carry.store(number, sample, {name: available[name] for name in segment.carried_out})
+            self.progress(number * len(self.data) + sample + 1, total)
+        for tap in segment.taps:
+            if not self.statistics.has(tap):
+                self.statistics.put(tap, moments[tap.tensor])
+        if number:
+            self.carry.drop(number - 1)
+
+
+def _element(array: NDArray[np.generic]) -> int:
+    return int(onnx.helper.np_dtype_to_tensor_dtype(array.dtype))
+
+
+def _add(moments: Moments, tensor: str, rows: NDArray[np.generic]) -> None:
+    try:
+        moments.add(rows)
+    except FloatingPointError as error:
+        raise ModelError(
+            f"the calibration data make {error}",
+            where=f"tensor '{tensor}'",
+            todo="run the model on this text by itself: `onnxslim-llm eval`; a float16 model may overflow",
+        ) from error
+
+
+def _notes(tap: Tap, statistics: Statistics) -> list[str]:
+    moments = statistics.of_tensor(tap.tensor)
+    if moments is None:
+        return []
+    weights = ", ".join(tap.weights[:3])
+    if moments.count < tap.size:
+        few = f"only {moments.count} calibration tokens for K = {tap.size}: its second moments are not of full rank"
+        return [f"'{tap.tensor}' (before {weights}): {few}"]
+    if not moments.largest.any():
+        return [f"'{tap.tensor}' (before {weights}) is always zero on the calibration data"]
+    return []
