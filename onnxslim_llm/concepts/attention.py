@@ -8,7 +8,9 @@ The meaning is that of ai.onnx Attention (opset 24), of which this is the part t
     scores = scores + bias                                    if there is one
     scores[..., i, j] = -inf unless j <= P + i                if causal
     scores[..., i, j] = -inf unless j > P + i - window        if window > 0
-    Y = softmax(scores) V'
+    weights = softmax(scores)                                 in float32 if float_softmax
+    weights[..., i, :] = 0 where all of scores[..., i, :] are -inf, if zero_rows; NaN otherwise
+    Y = weights V'
 
 Query head h reads key and value head h // (q_num_heads / kv_num_heads).
 
@@ -43,6 +45,8 @@ class AttentionForm:
         bias: There is an additive mask.
         causal, window, softcap: See the module.
         grouped: Hkv < Hq.
+        zero_rows: A query that sees no key gives zeros rather than NaN.
+        float_softmax: The softmax of a 16-bit model is computed in float32.
     """
 
     heads_major: bool = False
@@ -53,6 +57,8 @@ class AttentionForm:
     window: bool = False
     softcap: bool = False
     grouped: bool = False
+    zero_rows: bool = False
+    float_softmax: bool = False
 
     @property
     def name(self) -> str:
@@ -66,6 +72,8 @@ class AttentionForm:
             "Window": self.window,
             "Softcap": self.softcap,
             "Grouped": self.grouped,
+            "ZeroRows": self.zero_rows,
+            "FloatSoftmax": self.float_softmax,
         }
         return "_".join([_NAME, *(flag for flag, on in flags.items() if on)])
 
@@ -146,8 +154,8 @@ class AttentionForm:
         if self.causal or self.window:
             lines += self._positions(current)
             current = "scores_3"
+        lines += self._softmax(current)
         lines += [
-            f"weights = Softmax <axis = -1> ({current})",
             f"weights_grouped = {group.format('weights')}",
             "mixed = MatMul (weights_grouped, v)",
             f"y = {apart.format('mixed')}",
@@ -163,6 +171,24 @@ class AttentionForm:
         if self.present:
             lines += ["present_key = Identity (k)", "present_value = Identity (v)"]
         return lines
+
+    def _softmax(self, scores: str) -> list[str]:
+        lines = [f"softmax_0 = Softmax <axis = -1> ({scores})"]
+        if self.float_softmax:
+            lines = [
+                f"wide = Cast <to = 1> ({scores})",
+                "wide_softmax = Softmax <axis = -1> (wide)",
+                "softmax_0 = CastLike (wide_softmax, Q)",
+            ]
+        if not self.zero_rows:
+            return [*lines, "weights = Identity (softmax_0)"]
+        return [
+            *lines,
+            "empty_rows = IsNaN (softmax_0)",
+            "nothing = Constant <value_float = 0.0> ()",
+            "nothing_like = CastLike (nothing, Q)",
+            "weights = Where (empty_rows, nothing_like, softmax_0)",
+        ]
 
     def _positions(self, scores: str) -> list[str]:
         lines = [
@@ -191,7 +217,8 @@ class AttentionForm:
         return [
             *lines,
             f"allowed = {both[self.causal, self.window]}",
-            "lowest = Constant <value_float = -3.4028234663852886e+38> ()",
+            # Only -inf makes a row of zeros; a finite number leaves it what masks of finite numbers make of it.
+            f"lowest = Constant <value_float = {'-inf' if self.zero_rows else '-3.4028234663852886e+38'}> ()",
             "lowest_like = CastLike (lowest, Q)",
             f"scores_3 = Where (allowed, {scores}, lowest_like)",
         ]
@@ -251,4 +278,6 @@ def attention_form(node: gs.Node) -> AttentionForm:
         window="Window" in flags,
         softcap="Softcap" in flags,
         grouped="Grouped" in flags,
+        zero_rows="ZeroRows" in flags,
+        float_softmax="FloatSoftmax" in flags,
     )

@@ -157,3 +157,37 @@ def test_attention(form: AttentionForm) -> None:
     for got, expected in zip(_run(model, feeds), _attend(feeds, form, (hq, hk), softcap, window), strict=True):
         assert got.shape == expected.shape
         assert np.allclose(got, expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("zero_rows", [False, True])
+def test_a_row_that_sees_nothing(zero_rows: bool, causal: bool) -> None:
+    form = AttentionForm(bias=True, causal=causal, zero_rows=zero_rows)
+    feeds = {"Q": _normal(1, 2, 8), "K": _normal(1, 2, 8), "V": _normal(1, 2, 8), "bias": np.zeros((2, 2), np.float32)}
+    feeds["bias"][0] = -np.inf
+    model, inputs, outputs = _model(feeds, form.outputs)
+    attributes = {"q_num_heads": 2, "kv_num_heads": 2, "scale": 0.3}
+    node = call_attention(model, "node", form, inputs, outputs, **attributes)
+    assert attention_form(node) == form
+    model.graph.nodes.append(node)
+    result = _run(model, feeds)[0]
+    assert np.all(np.isfinite(result[:, 1]))
+    if zero_rows:
+        assert not result[:, 0].any()
+    elif not causal:
+        assert np.all(np.isnan(result[:, 0]))
+
+
+def test_softmax_in_float32() -> None:
+    form = AttentionForm(float_softmax=True)
+    feeds = {name: _normal(1, 3, 8).astype(np.float16) for name in "QKV"}
+    model, inputs, _ = _model(feeds, ())
+    output = gs.Variable("Y", np.dtype(np.float16))
+    model.graph.outputs = [output]
+    node = call_attention(model, "node", form, inputs, [output], q_num_heads=2, kv_num_heads=2, scale=0.3)
+    assert attention_form(node) == form
+    model.graph.nodes.append(node)
+    wide = {name: value.astype(np.float32) for name, value in feeds.items()}
+    expected = _attend(wide, AttentionForm(), (2, 2), 0.0, 0)[0]
+    # Sums of eight products, rounded to the 11 bits of float16 three times.
+    assert np.allclose(_run(model, feeds)[0], expected, atol=4 * 2.0**-10)
