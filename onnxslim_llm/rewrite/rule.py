@@ -50,7 +50,7 @@ class Rule(ABC):
         return type(self).__name__
 
     @abstractmethod
-    def pattern(self, op: PatternBuilder, *wildcards: Wildcard) -> Any:
+    def pattern(self, op: PatternBuilder, *wildcards: Any, **_: Any) -> Any:
         """Build the pattern: one output, or a tuple with further outputs that lie inside the first one's subgraph.
 
         The names of the parameters after `op` are the names of the wildcards.
