@@ -17,6 +17,7 @@ from onnxslim_llm.artifact.manifest import MANIFEST_NAME, REPORT_NAME, Manifest,
 from onnxslim_llm.artifact.sidefiles import carry_side_files
 from onnxslim_llm.artifact.staging import Staging
 from onnxslim_llm.compiler.account import Account, make_manifest
+from onnxslim_llm.compiler.client_files import write_client_files
 from onnxslim_llm.compiler.defaults import default_output, default_recipe
 from onnxslim_llm.compiler.nonfinite import NonFinite, nonfinite_weights
 from onnxslim_llm.compiler.progress import Progress, Silent
@@ -123,15 +124,16 @@ def compile(  # noqa: A001
         job = _Job(passes, goal, staging, account, progress, judge, memory_limit)
         verified = job.run(model)
         quality = judge.measure(staging.directory / MODEL_NAME)
+        written, remarks = write_client_files(staging.directory / MODEL_NAME, path.parent)
         carried, notes = carry_side_files(path.parent, staging.directory, only_known=not folder)
-        account.notes += [*notes, *judge.notes]
+        account.notes += [*remarks, *notes, *judge.notes]
         progress.stage("report")
         manifest = make_manifest(
             account,
             staging.directory,
             source_hashes.result(),
             artifact_names=job.report_names,
-            carried=carried,
+            carried=[*written, *carried],
             verify=verified,
             quality=quality,
             seconds=time.perf_counter() - start,

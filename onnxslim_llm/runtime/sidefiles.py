@@ -10,7 +10,7 @@ from typing import Any
 
 from onnxslim_llm.errors import ModelError
 
-__all__ = ["SideFiles"]
+__all__ = ["SideFiles", "read_json_object"]
 
 # tokenizer_config.json writes 1e30 for "unlimited"; no model has this context.
 _UNLIMITED = 1 << 31
@@ -37,8 +37,12 @@ class SideFiles:
             ModelError: a file is no JSON object.
         """
         folder = Path(folder)
-        config, genai = _read(folder / "config.json"), _read(folder / "genai_config.json").get("model", {})
-        generation, tokenizer = _read(folder / "generation_config.json"), _read(folder / "tokenizer_config.json")
+        config = read_json_object(folder / "config.json")
+        genai = read_json_object(folder / "genai_config.json").get("model", {})
+        if not isinstance(genai, Mapping):
+            raise ModelError("'model' is no object", where=str(folder / "genai_config.json"))
+        generation = read_json_object(folder / "generation_config.json")
+        tokenizer = read_json_object(folder / "tokenizer_config.json")
         eos: list[int] = []
         for source in (generation, config, genai):
             value = source.get("eos_token_id")
@@ -52,13 +56,20 @@ class SideFiles:
             config.get("max_position_embeddings"),
             genai.get("context_length"),
             config.get("n_positions"),
+            config.get("max_sequence_length"),
+            config.get("seq_length"),
             tokenizer.get("model_max_length"),
         )
         length = next((int(n) for n in lengths if isinstance(n, int | float) and 0 < n < _UNLIMITED), None)
         return cls(tuple(eos), text if isinstance(text, str) else None, length)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty if there is no such file.
+
+    Raises:
+        ModelError: it is no JSON object, or cannot be read.
+    """
     if not path.is_file():
         return {}
     try:

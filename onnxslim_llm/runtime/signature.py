@@ -16,7 +16,7 @@ import onnx
 from onnxslim_llm.errors import ModelError
 from onnxslim_llm.runtime.session import Dim, Session, TensorInfo, inputs_of, outputs_of
 
-__all__ = ["CachePair", "DecoderSignature", "Extra", "find_decoder"]
+__all__ = ["CachePair", "DecoderSignature", "Extra", "cache_slot", "find_decoder"]
 
 _IDS = ("input_ids", "token_ids", "tokens", "ids")
 _MASK = ("attention_mask", "mask", "attn_mask")
@@ -200,7 +200,7 @@ def _extra(info: TensorInfo) -> Extra:
     return Extra(info.name, _EXTRAS[info.name], _dtype(info), len(info.shape or ()))
 
 
-def _cache_key(name: str) -> tuple[int, str] | None:
+def cache_slot(name: str) -> tuple[int, str] | None:
     """(layer, "key" | "value" | "") of a cache tensor's name, None if it has no layer number."""
     short = _FAMILY.sub("", name)
     number = re.search(r"\d+", short)
@@ -214,12 +214,12 @@ def _pair(rest: list[TensorInfo], outputs: tuple[TensorInfo, ...]) -> tuple[tupl
     """Match past inputs with present outputs; the second result names all outputs that look like a cache."""
     presents: dict[tuple[int, str], TensorInfo] = {}
     for info in outputs:
-        key = _cache_key(info.name) if _PRESENT_WORD.search(info.name) else None
+        key = cache_slot(info.name) if _PRESENT_WORD.search(info.name) else None
         if key is not None and info.name not in _LOGITS:
             presents.setdefault(key, info)
     pairs: list[CachePair] = []
     for info in rest:
-        key = _cache_key(info.name)
+        key = cache_slot(info.name)
         if key is None or key not in presents:
             raise _RefusalError(f"cache input '{info.name}' has no output that continues it")
         pairs.append(_cache(info, presents[key]))

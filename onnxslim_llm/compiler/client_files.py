@@ -1,0 +1,64 @@
+"""Files that make an artifact run in other people's programs as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx_graphsurgeon as gs
+
+from onnxslim_llm.ir.model import Model, open_model
+from onnxslim_llm.runtime.genai_config import GENAI_CONFIG_NAME, make_genai_config
+from onnxslim_llm.runtime.signature import DecoderSignature, find_decoder
+
+__all__ = ["write_client_files"]
+
+#: Operators that write new keys and values into the buffer of the old ones: (domain, op) -> {past input: output}.
+_IN_PLACE = {("com.microsoft", "GroupQueryAttention"): {3: 1, 4: 2}}
+
+
+def write_client_files(artifact: Path, side_files: Path) -> tuple[list[str], list[str]]:
+    """Write genai_config.json beside the artifact's model if it is a causal decoder.
+
+    Args:
+        artifact: The artifact's .onnx file.
+        side_files: Folder of the source, with its configuration.
+
+    Returns:
+        Names of the files written, and remarks: why one was not.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    model = open_model(artifact)
+    signature, _ = find_decoder(model.to_proto("omit"))
+    if signature is None:
+        return [], []
+    in_place = bool(signature.caches) and _is_in_place(model, signature)
+    content, notes = make_genai_config(signature, side_files, filename=artifact.name, in_place=in_place)
+    if content is None:
+        return [], notes
+    text = json.dumps(content, indent=2) + "\n"
+    (artifact.parent / GENAI_CONFIG_NAME).write_text(text, encoding="utf-8")
+    return [GENAI_CONFIG_NAME], notes
+
+
+def _is_in_place(model: Model, signature: DecoderSignature) -> bool:
+    """Whether each cache input is read by nothing but an operator that extends it in place.
+
+    Then nothing in the graph takes the size of the buffer for the number of tokens in it.
+    """
+    tensors = {tensor.name: tensor for tensor in (*model.graph.inputs, *model.graph.outputs)}
+    return all(_extends(tensors[pair.past], tensors[pair.present]) for pair in signature.caches)
+
+
+def _extends(past: gs.Tensor, present: gs.Tensor) -> bool:
+    if len(past.outputs) != 1:
+        return False
+    node = past.outputs[0]
+    slots = _IN_PLACE.get((node.domain or "", node.op), {})
+    return any(
+        node.inputs[i] is past and node.outputs[o] is present
+        for i, o in slots.items()
+        if i < len(node.inputs) and o < len(node.outputs)
+    )
