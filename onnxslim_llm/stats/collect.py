@@ -26,6 +26,8 @@ Progress = Callable[[int, int], None]
 
 #: Bytes of H matrices held at a time.
 GRAM_LIMIT = 512 << 20
+#: One sample of so many is held out of what weights are fitted to.
+_HELD_OUT_OF = 5
 #: Part of the key: raise it when the same model and data give other numbers.
 _VERSION = 1
 
@@ -55,7 +57,7 @@ def collect(
         progress: Called with (done, of how many) samples, all segments together.
 
     Returns:
-        The statistics, and notes: taps that saw fewer rows than their K, or only zeros.
+        The statistics, and notes: taps that saw fewer rows than their K.
 
     Raises:
         ModelError: The model does not run on the data, or a tensor has NaN or infinite values; it is named.
@@ -126,7 +128,7 @@ class _Run:
         if known and (not segment.carried_out or self.carry.complete(number)):
             self.progress((number + 1) * len(self.data), total)
             return
-        moments = {tap.tensor: Moments(tap.size) for tap in segment.taps}
+        fit, held = ({tap.tensor: Moments(tap.size) for tap in segment.taps} for _ in range(2))
         session: Session | None = None
         for sample, given in enumerate(self.data.feeds()):
             available = {**given, **(self.carry.load(number - 1, sample, segment.carried_in) if number else {})}
@@ -136,14 +138,14 @@ class _Run:
                 session = open_session(part, threads=self.threads, base_dir=self.path.parent)
             if session is not None:
                 available |= session.run({info.name: available[info.name] for info in session.inputs})
-            for tensor, sums in moments.items():
+            for tensor, sums in (held if sample % _HELD_OUT_OF == 1 else fit).items():
                 _add(sums, tensor, available[tensor])
             if segment.carried_out:
                 self.carry.store(number, sample, {name: available[name] for name in segment.carried_out})
             self.progress(number * len(self.data) + sample + 1, total)
         for tap in segment.taps:
             if not self.statistics.has(tap):
-                self.statistics.put(tap, moments[tap.tensor])
+                self.statistics.put(tap, fit[tap.tensor], held[tap.tensor])
         if number:
             self.carry.drop(number - 1)
 
@@ -164,13 +166,11 @@ def _add(moments: Moments, tensor: str, rows: NDArray[np.generic]) -> None:
 
 
 def _notes(tap: Tap, statistics: Statistics) -> list[str]:
-    moments = statistics.of_tensor(tap.tensor)
-    if moments is None:
+    stored = statistics.of_tensor(tap.tensor)
+    if stored is None:
         return []
     weights = ", ".join(tap.weights[:3])
-    if moments.count < tap.size:
-        few = f"only {moments.count} calibration tokens for K = {tap.size}: its second moments are not of full rank"
+    if stored.count < stored.size:
+        few = f"only {stored.count} calibration tokens for K = {tap.size}: its second moments are not of full rank"
         return [f"'{tap.tensor}' (before {weights}): {few}"]
-    if not moments.largest.any():
-        return [f"'{tap.tensor}' (before {weights}) is always zero on the calibration data"]
     return []

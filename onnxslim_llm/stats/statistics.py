@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -12,9 +13,49 @@ import numpy as np
 from onnxslim_llm.stats.moments import Moments
 from onnxslim_llm.stats.taps import Tap
 
-__all__ = ["Statistics"]
+__all__ = ["Collected", "Statistics", "StoredMoments"]
 
 _INDEX = "taps.json"
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The moments of one tapped tensor.
+
+    Attributes:
+        fit: Of the samples that methods fit weights to.
+        held: Of the others, on which a method must show that it is better; the same as `fit` if there was one sample.
+    """
+
+    fit: Moments
+    held: Moments
+
+
+@dataclass(frozen=True)
+class StoredMoments:
+    """Where the moments of one tapped tensor lie.
+
+    Attributes:
+        file: The .npz file.
+        digest: Identifies its content: model, data and tensor.
+        count: T, the rows that it was fitted to.
+        size: K.
+    """
+
+    file: Path
+    digest: str
+    count: int
+    size: int
+
+    def load(self) -> Collected:
+        """Read the file: some 4 K^2 bytes twice, 8 K^2 in memory each."""
+        with np.load(self.file) as stored:
+            parts = {"fit": dict[str, np.ndarray](), "held": dict[str, np.ndarray]()}
+            for name in stored.files:
+                part, _, field_name = name.partition("_")
+                parts[part][field_name] = stored[name]
+        fit = Moments.from_arrays(parts["fit"])
+        return Collected(fit, Moments.from_arrays(parts["held"]) if parts["held"] else fit)
 
 
 @dataclass
@@ -24,22 +65,24 @@ class Statistics:
     Attributes:
         folder: Where they are stored.
         key: What they are statistics of: model, data and version.
-        rows: T, rows seen by a tap that sees every token.
     """
 
     folder: Path
     key: str
-    _taps: dict[str, Tap] = field(default_factory=dict, repr=False)
+    _taps: dict[str, tuple[Tap, int]] = field(default_factory=dict, repr=False)  # with the rows seen
 
-    def put(self, tap: Tap, moments: Moments) -> None:
+    def put(self, tap: Tap, fit: Moments, held: Moments) -> None:
         """Store the moments of one tap; whole or not at all."""
         path = self._file(len(self._taps))
         temporary = path.with_suffix(".part")
+        arrays = {f"fit_{name}": array for name, array in fit.arrays().items()}
+        if held.count:
+            arrays |= {f"held_{name}": array for name, array in held.arrays().items()}
         with temporary.open("wb") as file:
-            np.savez(file, **moments.arrays())  # type: ignore[arg-type]
+            np.savez(file, **arrays)  # type: ignore[arg-type]
         os.replace(temporary, path)
-        self._taps[tap.tensor] = tap
-        index = {"key": self.key, "taps": [asdict(t) for t in self._taps.values()]}
+        self._taps[tap.tensor] = (tap, fit.count)
+        index = {"key": self.key, "taps": [{**asdict(t), "rows": rows} for t, rows in self._taps.values()]}
         temporary = self.folder / (_INDEX + ".part")
         temporary.write_text(json.dumps(index))
         os.replace(temporary, self.folder / _INDEX)
@@ -55,8 +98,8 @@ class Statistics:
         for number, entry in enumerate(index["taps"]):
             if not self._file(number).is_file():
                 return
-            tap = Tap(**entry)
-            self._taps[tap.tensor] = tap
+            rows = entry.pop("rows")
+            self._taps[entry["tensor"]] = (Tap(**entry), rows)
 
     def has(self, tap: Tap) -> bool:
         """Return whether a tap is stored."""
@@ -65,22 +108,22 @@ class Statistics:
     @property
     def taps(self) -> tuple[Tap, ...]:
         """All stored taps, in the order of collection."""
-        return tuple(self._taps.values())
+        return tuple(tap for tap, _ in self._taps.values())
 
-    def of_tensor(self, tensor: str) -> Moments | None:
+    def of_tensor(self, tensor: str) -> StoredMoments | None:
         """Return the moments of a tapped tensor; None if it was not tapped."""
-        for number, name in enumerate(self._taps):
-            if name == tensor:
-                with np.load(self._file(number)) as stored:
-                    return Moments.from_arrays(dict(stored))
+        for number, (tap, rows) in enumerate(self._taps.values()):
+            if tap.tensor == tensor:
+                digest = hashlib.sha256(f"{self.key} {tensor}".encode()).hexdigest()
+                return StoredMoments(self._file(number), digest, rows, tap.size)
         return None
 
-    def of_weight(self, weight: str) -> Moments | None:
+    def of_weight(self, weight: str) -> StoredMoments | None:
         """Return the moments of what a weight is multiplied with, by the initializer's name; None if unknown.
 
         A weight that is used twice has the moments of its first use.
         """
-        for tap in self._taps.values():
+        for tap in self.taps:
             if weight in tap.weights:
                 return self.of_tensor(tap.tensor)
         return None

@@ -100,9 +100,12 @@ def test_segments_give_what_the_whole_model_gives(model: Path, tmp_path: Path, l
         rows = np.concatenate([run[name] for run in runs]).astype(np.float64)
         found = statistics.of_tensor(name)
         assert found is not None
-        assert found.gram is not None
-        assert found.count == 7 * SAMPLES
-        assert np.allclose(found.gram, rows.T @ rows, rtol=1e-3, atol=1e-2)
+        collected = found.load()
+        assert (collected.fit.count, collected.held.count) == (7 * SAMPLES - 7, 7)
+        assert collected.fit.gram is not None
+        assert collected.held.gram is not None
+        assert np.allclose(collected.fit.gram + collected.held.gram, rows.T @ rows, rtol=1e-3, atol=1e-2)
+        assert np.allclose(collected.held.gram, rows[7:14].T @ rows[7:14], rtol=1e-3, atol=1e-2)
     assert statistics.of_weight("C1") is not None
     assert statistics.of_weight("nothing") is None
     assert not notes
@@ -150,7 +153,7 @@ def test_an_interrupted_collection_goes_on(model: Path, tmp_path: Path) -> None:
         a, b = resumed.of_tensor(tap.tensor), whole.of_tensor(tap.tensor)
         assert a is not None
         assert b is not None
-        assert np.array_equal(a.square, b.square)
+        assert np.array_equal(a.load().fit.square, b.load().fit.square)
     assert len(seen) < 2 * LAYERS * SAMPLES  # finished segments are one step each
 
 
