@@ -109,7 +109,8 @@ def test_a_folder_carries_its_tokenizer_along(cli: Run, decoder: Path, tmp_path:
     (source / "weights.safetensors").write_text("no")
     assert cli("compile", source, "-o", "build", "--verify", "off").returncode == 0
     whole(tmp_path / "build")
-    assert [entry.path for entry in read_manifest(tmp_path / "build").artifact.carried] == ["tokenizer.json"]
+    carried = [entry.path for entry in read_manifest(tmp_path / "build").artifact.carried]
+    assert carried == ["genai_config.json", "tokenizer.json"]
     assert not (tmp_path / "build" / "weights.safetensors").exists()
 
 
