@@ -184,7 +184,5 @@ def test_a_decoder_with_a_cache(tmp_path: Path) -> None:
     statistics, _ = collect(path, "sample", data, tmp_path / "cache", limit=1 << 20)
     layers = len(runner.signature.caches) // 2
     assert len(statistics.taps) == 4 * layers + 1  # q/k/v, output, gate/up, down, and the classifier
-    assert all(
-        moments is not None and moments.count == 96
-        for moments in map(statistics.of_tensor, (t.tensor for t in statistics.taps))
-    )
+    found = [statistics.of_tensor(tap.tensor) for tap in statistics.taps]
+    assert all(moments is not None and moments.count == 64 for moments in found)  # one window of three is held out
