@@ -18,6 +18,7 @@ from onnxslim_llm.passes.cleanup.raise_ir_version import RaiseIrVersion
 from onnxslim_llm.passes.cleanup.remove_dead_code import RemoveDeadCode
 from onnxslim_llm.passes.cleanup.simplify_algebra import SimplifyAlgebra
 from onnxslim_llm.passes.cleanup.tie_weights import TieWeights
+from onnxslim_llm.passes.fuse.fuse_layer_norm import FuseLayerNorm
 from onnxslim_llm.passes.fuse.fuse_rms_norm import FuseRmsNorm
 from onnxslim_llm.passes.lower.lower_ort_cpu import LowerOrtCpu
 from onnxslim_llm.passes.lower.lower_portable import LowerPortable
@@ -41,6 +42,7 @@ PASSES: tuple[type[Pass], ...] = (
     TieWeights,
     InlineFunctions,
     FuseRmsNorm,
+    FuseLayerNorm,
     QuantizeWeights,
     LowerPortable,
     LowerOrtCpu,
