@@ -9,18 +9,19 @@ import numpy.typing as npt
 
 from onnxslim_llm.custom_ops.layout import Layout, TileBuffers, storage_bits
 
-__all__ = ["pack", "unpack"]
+__all__ = ["pack", "pack_bits", "unpack", "unpack_bits"]
 
 Array = npt.NDArray[Any]
 
 
-def _pack_bits(codes: Array, bits: int) -> Array:
+def pack_bits(codes: Array, bits: int) -> Array:
     """Packs the last axis, lowest bits first, padded with zero bits to whole bytes."""
     planes = (codes[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
     return np.packbits(planes.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
 
 
-def _unpack_bits(packed: Array, bits: int, count: int) -> Array:
+def unpack_bits(packed: Array, bits: int, count: int) -> Array:
+    """The first ``count`` codes of each row of a bit stream along the last axis."""
     planes = np.unpackbits(packed, axis=-1, count=count * bits, bitorder="little")
     shifted = planes.reshape(*packed.shape[:-1], count, bits) << np.arange(bits, dtype=np.uint8)
     codes: Array = shifted.sum(-1, dtype=np.uint8)
@@ -40,10 +41,10 @@ def pack(codes: Array, scales: Array, zero: Array, buffers: TileBuffers, first_c
         filled = codes.copy()
         short = rows - (codes.shape[0] - 1) * codes.shape[1]
         filled[-1, short:] = zeros[-1]
-        buffers.codes[mine] = _pack_bits(filled.transpose(2, 0, 1), bits)
+        buffers.codes[mine] = pack_bits(filled.transpose(2, 0, 1), bits)
         buffers.scales[mine] = scales.T
         if buffers.zero_points is not None:
-            buffers.zero_points[mine] = _pack_bits(zeros.T, bits)
+            buffers.zero_points[mine] = pack_bits(zeros.T, bits)
         return
     matrix = codes.reshape(-1, columns)[:rows]
     if spec.symmetric:
@@ -62,16 +63,16 @@ def pack(codes: Array, scales: Array, zero: Array, buffers: TileBuffers, first_c
 
 def _put_columns(to: Array, matrix: Array, bits: int, first_column: int, total_columns: int) -> None:
     if matrix.shape[1] == total_columns:
-        to[:] = _pack_bits(matrix.reshape(-1), bits)
+        to[:] = pack_bits(matrix.reshape(-1), bits)
         return
     start = first_column * bits // 8
-    packed = _pack_bits(matrix, bits)
+    packed = pack_bits(matrix, bits)
     to.reshape(matrix.shape[0], -1)[:, start : start + packed.shape[1]] = packed
 
 
 def _put_flat(to: Array, matrix: Array, bits: int, first_row: int) -> None:
     start = first_row * matrix.shape[1] * bits // 8
-    packed = _pack_bits(matrix.reshape(-1), bits)
+    packed = pack_bits(matrix.reshape(-1), bits)
     to[start : start + packed.size] = packed
 
 
@@ -81,16 +82,16 @@ def unpack(buffers: TileBuffers) -> tuple[Array, Array, Array]:
     bits, block, count = storage_bits(spec, buffers.layout), spec.block_rows(rows), spec.block_count(rows)
     zeros = np.full((count, columns), 2 ** (spec.bits - 1), np.uint8)
     if buffers.layout is Layout.NBITS:
-        codes = _unpack_bits(buffers.codes, bits, block).reshape(columns, -1)[:, :rows].T
+        codes = unpack_bits(buffers.codes, bits, block).reshape(columns, -1)[:, :rows].T
         if buffers.zero_points is not None:
-            zeros = _unpack_bits(buffers.zero_points, bits, count).T
+            zeros = unpack_bits(buffers.zero_points, bits, count).T
         return codes, buffers.scales.T, zeros
-    flat = _unpack_bits(buffers.codes, bits, rows * columns)
+    flat = unpack_bits(buffers.codes, bits, rows * columns)
     if spec.symmetric:
         flat = (flat + np.uint8(2 ** (spec.bits - 1))) & np.uint8(2**bits - 1)
     by_row = buffers.layout is Layout.BLOCKED_KN
     if buffers.zero_points is not None:
-        flat_zeros = _unpack_bits(buffers.zero_points, bits, count * columns)
+        flat_zeros = unpack_bits(buffers.zero_points, bits, count * columns)
         zeros = flat_zeros.reshape(count, columns) if by_row else flat_zeros.reshape(columns, count).T
     if by_row:
         return flat.reshape(rows, columns), buffers.scales, zeros

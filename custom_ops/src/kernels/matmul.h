@@ -9,8 +9,8 @@
 //   run_matmul(problem, plan, scratch, begin, end)       over [0, plan.run_units), in any order, any thread
 //
 // Units of a stage are independent and write disjoint memory. plan.prepare_units is 1 where sharing the work out would
-// cost more than it gains (always at m = 1): call it inline. Nothing throws; concurrent calls with different scratch are
-// safe. The floating-point environment of the calling thread is set to the default for the call and restored.
+// cost more than it gains (always at m = 1): call it inline. Nothing throws; concurrent calls with different scratch
+// are safe. The floating-point environment of the calling thread is set to the default for the call and restored.
 //
 // custom_ops/matmul_reference.py (numpy) is the specification.
 #pragma once

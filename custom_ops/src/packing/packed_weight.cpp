@@ -5,7 +5,7 @@ namespace osl {
 namespace {
 
 // Far beyond every model, and small enough that no product below overflows.
-constexpr int64_t kMaxDimension = int64_t{1} << 40;
+constexpr int64_t kMaxDimension = int64_t{1} << 31;
 
 bool known_scheme(const PackedScheme& s) {
     const bool bits = s.bits == 2 || s.bits == 3 || s.bits == 4 || s.bits == 8;
@@ -16,7 +16,7 @@ bool known_scheme(const PackedScheme& s) {
 // Zero where it does not fit into 62 bits.
 int64_t payload_bytes_of(const PackedScheme& s, int64_t rows, int64_t columns, ColumnOrder order) {
     const int64_t chunks = (rows + chunk_rows_of(s) - 1) / chunk_rows_of(s), strips = strip_count(columns, order);
-    const int64_t strip_bytes = chunks * chunk_bytes_of(s);  // below 2^40 / 64 * 2^13
+    const int64_t strip_bytes = chunks * chunk_bytes_of(s);  // below 2^31 / 64 * 2^13
     return strip_bytes > (int64_t{1} << 62) / strips ? 0 : strip_bytes * strips;
 }
 

@@ -72,9 +72,7 @@ static inline int64_t packed_round_up(int64_t value, int64_t step) { return (val
 static inline int32_t scale_bytes(ScaleType type) { return type == kScaleFloat32 ? 4 : 2; }
 static inline int32_t chunk_rows_of(const PackedScheme& s) { return s.block > 64 ? s.block : 64; }
 static inline int32_t chunk_blocks(const PackedScheme& s) { return chunk_rows_of(s) / s.block; }
-static inline int32_t chunk_scales_at(const PackedScheme& s) {
-    return chunk_rows_of(s) * kStripColumns * s.bits / 8;
-}
+static inline int32_t chunk_scales_at(const PackedScheme& s) { return chunk_rows_of(s) * kStripColumns * s.bits / 8; }
 static inline int32_t chunk_zeros_at(const PackedScheme& s) {
     return chunk_scales_at(s) + chunk_blocks(s) * kStripColumns * scale_bytes(s.scale_type);
 }

@@ -1,0 +1,51 @@
+// The kernels of one instruction set: walks strips and groups of rows. Compiled several times, with OSL_ISA naming the
+// variant.
+#include "kernels/kernel_set.h"
+
+#include "kernels/epilogue.h"
+#include "kernels/float_tile.h"
+#include "kernels/prepare.h"
+#if defined(OSL_TILE_HEADER)
+#include OSL_TILE_HEADER
+#else
+#include "kernels/int8_tile_scalar.h"
+#endif
+
+namespace osl {
+namespace OSL_ISA {
+namespace {
+
+void prepare(const MatMulProblem& p, const MatMulPlan& plan, uint8_t* scratch, int64_t first, int64_t last) {
+    if (p.rank > 0) prepare_low_rank(p, (float*)(scratch + plan.low_rank_at), first, last);
+    if (plan.method == kMethodFloat) return prepare_float(p, scratch, first, last);
+    return prepare_int8(p, scratch, first, last);
+}
+
+void run(const MatMulProblem& p, const MatMulPlan& plan, uint8_t* scratch, int64_t first, int64_t last) {
+    const PackedWeight& w = p.b;
+    const int64_t step = p.activation >= kSiluGate ? 2 : 1;
+    const float* low_rank = (const float*)(scratch + plan.low_rank_at);
+    const Int8Scratch codes = int8_scratch(w, p.m, scratch);
+    for (int64_t strip = first; strip < last; strip += step) {
+        for (int64_t row = 0; row < p.m; row += kGroupRows) {
+            alignas(64) float sums[2][kGroupRows * kStripColumns];
+            const int32_t rows = group_rows(p.m, row);
+            for (int64_t i = 0; i < step; i++) {
+                const uint8_t* bytes = w.strips + (strip + i) * w.strip_bytes;
+                if (plan.method == kMethodFloat)
+                    float_tile(w, bytes, (const float*)scratch + row * w.padded_rows, rows, sums[i]);
+                else
+                    int8_tile(w, bytes, int8_group(w, codes, p.m, row), sums[i]);
+            }
+            finish_rows(p, low_rank, row, rows, strip, sums[0], kGroupRows * kStripColumns);
+        }
+    }
+}
+
+}  // namespace
+
+extern const KernelSet kKernels;
+const KernelSet kKernels = {prepare, run};
+
+}  // namespace OSL_ISA
+}  // namespace osl
