@@ -96,15 +96,20 @@ class _Run:
         if match is None:
             stuck = self.matcher.stuck
             if rule.explain and stuck is not None and stuck.depth >= rule.near:
-                self.misses[(where, rule.name)] = (stuck.depth, f"{rule.name}: {stuck.reason} at '{stuck.culprit}'")
+                self._missed(where, rule, stuck.depth, stuck.reason, stuck.culprit)
             return None
         refusal = rule.check(match)
         if refusal is not None:
             if rule.explain:
-                reason = f"{rule.name}: {refusal.reason} at '{refusal.culprit}'"
-                self.misses[(where, rule.name)] = (len(match.nodes), reason)
+                self._missed(where, rule, len(match.nodes), refusal.reason, refusal.culprit)
             return None
         return match
+
+    def _missed(self, where: str, rule: Rule, depth: int, reason: str, culprit: str) -> None:
+        """Remember a near miss; of several rules with one name (spellings of one thing) the farthest counts."""
+        key = (where, rule.name)
+        if key not in self.misses or self.misses[key][0] < depth:
+            self.misses[key] = (depth, f"{rule.name}: {reason} at '{culprit}'")
 
     def _rewrite(self, rule: Rule, match: Match, graph: gs.Graph) -> list[gs.Node] | None:
         builder = Builder(self.model, match.root.name or match.outputs[0].name)

@@ -270,6 +270,8 @@ def _constant_equals(pattern: ConstantPattern, tensor: gs.Tensor) -> bool:
         return False
     if value.dtype.kind in "iub" and expected.dtype.kind in "iub":
         return bool(np.all(value.reshape(-1) == expected.reshape(-1)))
+    if value.dtype.kind not in "iub":
+        expected = expected.astype(value.dtype)  # a float16 constant has the digits that float16 has
     actual = value.reshape(-1).astype(np.float64)
     close = np.isclose(actual, expected.reshape(-1).astype(np.float64), rtol=pattern.relative_tolerance, atol=0.0)
     return bool(np.all(close))
