@@ -23,6 +23,7 @@ from onnxslim_llm.passes.fuse.fuse_layer_norm import FuseLayerNorm
 from onnxslim_llm.passes.fuse.fuse_rms_norm import FuseRmsNorm
 from onnxslim_llm.passes.fuse.fuse_rotary import FuseRotary
 from onnxslim_llm.passes.fuse.simplify_masks import SimplifyMasks
+from onnxslim_llm.passes.fuse.pack_projections import PackProjections
 from onnxslim_llm.passes.lower.lower_ort_cpu import LowerOrtCpu
 from onnxslim_llm.passes.lower.lower_portable import LowerPortable
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
@@ -50,6 +51,7 @@ PASSES: tuple[type[Pass], ...] = (
     FuseActivations,
     SimplifyMasks,
     QuantizeWeights,
+    PackProjections,
     LowerPortable,
     LowerOrtCpu,
 )
