@@ -18,6 +18,7 @@ if not (_here / "passes").is_dir() and (_here.parent / "passes").is_dir():
 
 if TYPE_CHECKING:
     from onnxslim_llm.compiler import CompileResult, compile, inspect  # noqa: A004
+    from onnxslim_llm.custom_ops.ops import register as register_custom_ops
     from onnxslim_llm.errors import SlimError
     from onnxslim_llm.ir.model import Model, open_model
     from onnxslim_llm.recipe import Recipe
@@ -34,7 +35,11 @@ _HOME = {
     "compile": "onnxslim_llm.compiler",
     "inspect": "onnxslim_llm.compiler",
     "open_model": "onnxslim_llm.ir.model",
+    "register_custom_ops": "onnxslim_llm.custom_ops.ops",
 }
+
+#: Names that are called otherwise where they live.
+_ORIGINAL = {"register_custom_ops": "register"}
 
 __all__ = [
     "CompileResult",
@@ -47,12 +52,13 @@ __all__ = [
     "compile",
     "inspect",
     "open_model",
+    "register_custom_ops",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
+    value = getattr(import_module(_HOME[name]), _ORIGINAL.get(name, name))
     globals()[name] = value
     return value

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 
+from onnxslim_llm.custom_ops import ops
 from onnxslim_llm.errors import ModelError, ResourceError, SlimError, UsageError
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ _WHERE = (
 # threads wait for each other: a verification beside two busy processes took 38 s with and 1.7 s without.
 _SHARED_MACHINE = {"session.intra_op.allow_spinning": "0"}
 
+_UNREGISTERED = re.compile(r"is not a registered function/op|No Op registered")
 _NO_MEMORY = re.compile(r"Failed to allocate memory|bad_alloc|bad allocation|out of memory", re.IGNORECASE)
 _NOISE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : |/onnxruntime_src/\S+ ")
 
@@ -166,7 +168,7 @@ def open_session(
     config: Mapping[str, str] | None = None,
     base_dir: str | Path | None = None,
 ) -> Session:
-    """Open a model on the CPU provider.
+    """Open a model on the CPU provider; the project's own operators are registered if the model has any.
 
     Args:
         model: a file, or a proto below 2 GiB.
@@ -209,7 +211,25 @@ def open_session(
             raise UsageError(f"onnxruntime refuses the session option {key}={value}", todo=str(error)) from error
     with _ort_errors(where, "open"):
         source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
-        return Session(ort.InferenceSession(source, options, providers=["CPUExecutionProvider"]), where)
+        return Session(_open(source, options), where)
+
+
+def _open(source: bytes | str, options: ort.SessionOptions) -> ort.InferenceSession:
+    """Open a model, and once more with our operators if it turns out to have some: that is known after milliseconds."""
+    import onnxruntime as ort
+
+    providers = ["CPUExecutionProvider"]
+    try:
+        return ort.InferenceSession(source, options, providers=providers)
+    except Exception as error:
+        if f"{ops.DOMAIN}:" not in str(error) or _UNREGISTERED.search(str(error)) is None:
+            raise
+    try:
+        ops.register(options)
+    except RuntimeError as error:
+        todo = "reinstall onnxslim-llm with a C++ compiler, or compile the model for the target ort-cpu"
+        raise ResourceError(f"the model has operators of {ops.DOMAIN}: {error}", todo=todo) from error
+    return ort.InferenceSession(source, options, providers=providers)
 
 
 def inputs_of(model: Session | onnx.ModelProto) -> tuple[TensorInfo, ...]:
@@ -251,7 +271,7 @@ def _translate(text: str, where: str, phase: str) -> SlimError:
         return ResourceError(f"memory ran out in ONNX Runtime: {message}", where=where, todo=_MORE_MEMORY)
     if phase == "open":
         todo = "check the model with `onnxslim-llm inspect`"
-        if "is not a registered function/op" in message or "No Op registered" in message:
+        if _UNREGISTERED.search(message):
             todo = "register the library of this operator, or choose another target"
         return ModelError(f"ONNX Runtime cannot open the model: {message}", where=where, todo=todo)
     return ModelError(f"ONNX Runtime failed on the model: {message}", where=where)
