@@ -25,13 +25,13 @@ Rows that attend to nothing: under left padding the first rows of a causal mask 
 never looked at, and exporters differ (uniform weights over all keys, over the past, NaN). Where the padding mask of
 such a row's own token is 0, the row need not be equal; every other row must be.
 
-Sums of masks: the lowest float plus itself is -inf. Both mean masked; whichever it was, the new mask says the finite
-one, so that a row of padding stays free of NaN.
+Sums of masks: the lowest float plus itself is -inf. Both mean masked; where both occur, or only -inf, the new mask
+says the lowest finite float, so that a row of padding stays free of NaN (or -inf, where such rows are made zeros).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -69,6 +69,7 @@ class Observation:
         padding: The padding mask [B, T] that went in, or None.
         value: What came out, [B, H, S, T]: booleans (visible), or floats that are added to the scores.
         plain: Whether the padding mask is all ones (or absent).
+        scale: What a window of the small constants is with the constants that were taken here; None if it is the same.
     """
 
     batch: int
@@ -77,6 +78,7 @@ class Observation:
     padding: NDArray[Any] | None
     value: NDArray[Any]
     plain: bool
+    scale: Callable[[int], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def _distance(observation: Observation) -> NDArray[Any]:
 def _band(observations: Sequence[Observation], seen: Sequence[NDArray[Any]]) -> tuple[bool, int]:
     causal, window = False, 0
     for observation, visible in zip(observations, seen, strict=True):
-        if observation.plain:
+        if observation.plain and observation.scale is None:
             hidden = ~np.all(visible, axis=(0, 1))
             distance = _distance(observation)
             causal |= bool(np.any(hidden & (distance < 0)))
@@ -183,7 +185,7 @@ def _agrees(reading: Reading, observation: Observation, visible: NDArray[Any]) -
     if reading.causal:
         band &= distance >= 0
     if reading.window:
-        band &= distance < reading.window
+        band &= distance < (observation.scale(reading.window) if observation.scale else reading.window)
     expected = np.broadcast_to(band, (observation.batch, 1, *band.shape))
     if reading.padding is not None and observation.padding is not None:
         expected = expected & _shown(reading.padding, observation.padding)[:, None, None, :]

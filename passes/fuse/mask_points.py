@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnxslim_llm.ir.shapes.dims import Dim, Expr
 from onnxslim_llm.rewrite.probe import Probe, size_at
 
-__all__ = ["Axes", "Point", "all_masks", "break_points", "paddings", "points", "solve"]
+__all__ = ["Axes", "Breaks", "Point", "all_masks", "break_points", "paddings", "points", "solve"]
 
 #: Larger constants stand for windows of thousands: they are made small, so that the program's breaks come together.
 SMALL_CONSTANT = 32
@@ -61,14 +61,26 @@ class Point:
     real: bool = True
 
 
-def break_points(probe: Probe) -> tuple[dict[int, NDArray[Any]], dict[int, int], list[int], list[int]]:
-    """Return where the program's truths may change, beyond small sizes.
+@dataclass(frozen=True)
+class Breaks:
+    """Where a program's truths may change, beyond small sizes.
 
-    Returns:
-        Small values to take instead of large constants, by `id` of the tensor, in the same order and with the same
-        small differences; the large constants by the small value that stands for them; all constants that are compared
-        or added, the large ones as they are; the sizes of constant tables.
+    Attributes:
+        replaced: Small values to take instead of large constants, by `id` of the tensor, in the same order and with
+            the same small differences.
+        stands_for: The large constants by the small value that stands for them.
+        constants: All constants that are compared or added, the large ones as they are.
+        tables: Sizes of constant tables.
     """
+
+    replaced: dict[int, NDArray[Any]]
+    stands_for: dict[int, int]
+    constants: list[int]
+    tables: list[int]
+
+
+def break_points(probe: Probe) -> Breaks:
+    """Return where the program's truths may change."""
     numbers: dict[int, int] = {}  # id of a tensor -> its value
     tables: set[int] = set()
     for tensor in probe.constants:
@@ -93,31 +105,28 @@ def break_points(probe: Probe) -> tuple[dict[int, NDArray[Any]], dict[int, int],
             replaced[id(tensor)] = np.full_like(
                 value, small_of[number] if value.reshape(-1)[0] > 0 else -small_of[number]
             )
-    return replaced, stands_for, sorted(set(numbers.values())), sorted(tables)
+    return Breaks(replaced, stands_for, sorted(set(numbers.values())), sorted(tables))
 
 
-def points(
-    axes: Axes, free: Mapping[str, Dim], breaks: list[int], tables: list[int], surrogates: list[int]
-) -> Iterator[Point]:
-    """Yield the points.
+def points(axes: Axes, free: Mapping[str, Dim], breaks: Breaks) -> Iterator[Point]:
+    """Yield the points; those beyond the end of a table are left out.
 
     Args:
         axes: The sizes of the attention.
         free: What symbols that occur nowhere in `axes` are, as far as that is known.
-        breaks: Constants, see `break_points`.
-        tables: Sizes of tables; points beyond them are left out.
-        surrogates: The small values that stand for large constants.
+        breaks: The program's constants and tables.
     """
-    end = min(tables, default=_END)
-    near = [n for n in breaks if 5 < n <= SMALL_CONSTANT] + surrogates
+    end = min(breaks.tables, default=_END)
+    large = [n for n in breaks.constants if SMALL_CONSTANT < n < _END]
+    near = [n for n in breaks.constants if 5 < n <= SMALL_CONSTANT] + list(breaks.stands_for)
     plan = [(2, s, p, False) for s in range(1, 6) for p in range(5)]
     plan += [(b, s, p, False) for b in (1, 3) for s, p in ((1, 0), (2, 0), (3, 2), (1, 4))]
     plan += [(2, s, p, False) for s, p in ((7, 11), (1, 37), (13, 0), (2, 29))]
     for number in near:
         plan += [(1, s, number + d, False) for s in (1, 3) for d in (-2, -1, 0, 1)]
         plan += [(1, number + d, p, False) for d in (-1, 0, 1, 2) for p in (0, 1)]
-    plan += [(1, s, n + d, True) for n in breaks if SMALL_CONSTANT < n < _END for s in (1, 3) for d in (-2, 0, 1)]
-    for rows in tables:
+    plan += [(1, s, n + d, True) for n in large for s in (1, 3) for d in (-2, 0, 1)]
+    for rows in breaks.tables:
         plan += [(1, rows, 0, True), (1, 1, rows - 1, True)] if rows <= MAX_TABLE else []
     tried = set()
     for batch, queries, past, real in plan:

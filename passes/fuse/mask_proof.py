@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from onnxslim_llm.ir.shapes import SymbolicValues
 from onnxslim_llm.ir.shapes.dims import Dim, Expr
 from onnxslim_llm.passes.fuse.mask_meaning import OPERATORS, Observation, Reading, Unclear, node_reason, read_mask
-from onnxslim_llm.passes.fuse.mask_points import Axes, Point, all_masks, break_points, paddings, points, solve
+from onnxslim_llm.passes.fuse.mask_points import Axes, Breaks, Point, all_masks, break_points, paddings, points, solve
 from onnxslim_llm.rewrite.probe import Probe, Unprobed, make_probe, size_at, symbols_of
 
 if TYPE_CHECKING:
@@ -28,12 +29,15 @@ _ALL_MASKS = 4
 
 @dataclass(frozen=True)
 class Proven:
-    """What a mask means, and the padding mask [B, T] that it reads (None if it reads none).
+    """What a mask means.
 
     Attributes:
+        mask: The mask.
+        padding: The padding mask [B, T] that it reads; None if it reads none.
         nodes: Length of the program that computes it.
     """
 
+    mask: gs.Tensor
     reading: Reading
     padding: gs.Variable | None
     nodes: int
@@ -70,7 +74,8 @@ def prove_mask(model: Model, values: SymbolicValues, axes: Axes, mask: gs.Tensor
     reading = read_mask(observations)
     if isinstance(reading, Unclear):
         return reading
-    return _with_real_window(probe, reading, padding)
+    reading = replace(reading, window=_real_window(break_points(probe).stands_for, reading.window))
+    return Proven(mask, reading, padding if reading.padding is not None else None, len(probe.nodes))
 
 
 def _summed_content(probe: Probe) -> str:
@@ -84,16 +89,12 @@ def _summed_content(probe: Probe) -> str:
     return ""
 
 
-def _with_real_window(probe: Probe, reading: Reading, padding: gs.Variable | None) -> Proven | Unclear:
+def _real_window(stands_for: dict[int, int], window: int) -> int:
     """Translate a window that was found with a small constant in the place of a large one."""
-    _, stands_for, _, _ = break_points(probe)
-    window = reading.window
     for small, number in stands_for.items():
         if abs(window - small) <= 1:
-            window = number + window - small
-            break
-    reading = Reading(reading.causal, window, reading.padding, reading.low)
-    return Proven(reading, padding if reading.padding is not None else None, len(probe.nodes))
+            return number + window - small
+    return window
 
 
 def _free_sizes(
@@ -125,23 +126,22 @@ def _free_sizes(
 def _observe(
     values: SymbolicValues, probe: Probe, axes: Axes, free: dict[str, Dim], padding: gs.Variable | None
 ) -> Iterator[Observation | Unclear]:
-    replaced, stands_for, breaks, tables = break_points(probe)
-    entries = breaks + list(stands_for)
-    for point in points(axes, free, breaks, tables, list(stands_for)):
-        swapped = {} if point.real else replaced
+    breaks = break_points(probe)
+    entries = breaks.constants + list(breaks.stands_for)
+    for point in points(axes, free, breaks):
         if padding is not None and not _fits(values, padding, point):
             yield Unclear(f"'{padding.name}' is no padding mask [batch, keys]")
             return
         if padding is None:
-            yield _at(probe, point, None, None, True, swapped)
+            yield _at(probe, breaks, point, None, None, True)
             continue
         for content, plain in paddings(padding, point.batch, point.keys, entries):
-            yield _at(probe, point, padding, content, plain, swapped)
+            yield _at(probe, breaks, point, padding, content, plain)
     if padding is not None:
         past = 2 if axes.past != 0 or axes.cross else 0
         whole = solve(axes, free, 2**_ALL_MASKS, _ALL_MASKS - past, past)
         if whole is not None and whole.batch == 2**_ALL_MASKS and whole.keys == _ALL_MASKS:
-            yield _at(probe, whole, padding, all_masks(padding, whole.keys), False, replaced)
+            yield _at(probe, breaks, whole, padding, all_masks(padding, whole.keys), False)
 
 
 def _fits(values: SymbolicValues, padding: gs.Variable, point: Point) -> bool:
@@ -151,16 +151,16 @@ def _fits(values: SymbolicValues, padding: gs.Variable, point: Point) -> bool:
 
 def _at(
     probe: Probe,
+    breaks: Breaks,
     point: Point,
     padding: gs.Variable | None,
     content: NDArray[Any] | None,
     plain: bool,
-    replaced: dict[int, NDArray[Any]],
 ) -> Observation | Unclear:
     feeds = {}
     if padding is not None and content is not None:
         feeds[padding.name] = content
-    value = probe(point.sizes, feeds, replaced)
+    value = probe(point.sizes, feeds, {} if point.real else breaks.replaced)
     where = f"batch {point.batch}, {point.queries} queries, {point.keys} keys"
     if value is None or value.ndim > _RANK:
         return Unclear(f"it cannot be computed for {where}")
@@ -169,4 +169,5 @@ def _at(
         value = np.broadcast_to(value, (point.batch, heads, point.queries, point.keys))
     except ValueError:
         return Unclear(f"its shape {value.shape} does not fit {where}")
-    return Observation(point.batch, point.queries, point.keys, content, value, plain)
+    scale = partial(_real_window, breaks.stands_for) if point.real and breaks.stands_for else None
+    return Observation(point.batch, point.queries, point.keys, content, value, plain, scale)

@@ -58,7 +58,7 @@ class SimplifyMasks(Pass):
     Skips when:
         - the mask is no causal, sliding or padding mask, or one of another kind (bidirectional windows, blocks)
         - it depends on anything but sizes and one padding mask [B, T]: position ids, the text, several masks
-        - its computation holds operators other than comparisons, logic, sums and data movement, or products of positions
+        - its computation holds operators other than comparisons, logic, sums, data movement, or multiplies positions
         - the sizes of the attention are not known as expressions of the input sizes
         - the attention is in a subgraph
         - it says what it means already
@@ -113,9 +113,9 @@ class _Work:
         window = int(node.attrs["window"]) if form.window else 0
         windows = [w for w in (window, *(r.window for r in readings)) if w]
         causal = form.causal or any(r.causal for r in readings)
-        parts = self._parts(split, bias)
+        parts = self._parts(split, np.dtype(bias.dtype), form.zero_rows)
         same = causal == form.causal and min(windows, default=0) == window
-        if same and len(parts) == 1 and self._is_minimal(parts[0], bias, split):
+        if same and all(self._is_minimal(proven) for proven in split.masks):
             return reasons or "it says what it means already"
         simpler = replace(form, causal=causal, window=bool(windows), bias=bool(parts))
         self._put(node, simpler, bias, parts, min(windows, default=0))
@@ -127,18 +127,19 @@ class _Work:
             self._proofs[key] = prove_mask(self.model, self.values, axes, tensor)
         return self._proofs[key]
 
-    def _parts(self, split: Split, bias: gs.Tensor) -> list[gs.Tensor]:
+    def _parts(self, split: Split, dtype: np.dtype[Any], zero_rows: bool) -> list[gs.Tensor]:
         """Return the tensors whose sum is the new bias."""
-        made = []
+        made: dict[int, gs.Tensor] = {}
         for proven in split.masks:
             if proven.padding is not None:
-                made.append(self._padding_bias(proven, np.dtype(bias.dtype)))
-        return [*split.rest, *{id(t): t for t in made}.values()]
+                # Rows of -inf are zeros only in forms that say so; NaN in a row of padding would spread.
+                low = proven.reading.low if zero_rows else max(proven.reading.low, float(np.finfo(dtype).min))
+                bias = self._padding_bias(proven, proven.padding, low, dtype)
+                made[id(bias)] = bias
+        return [*split.rest, *made.values()]
 
-    def _padding_bias(self, proven: Proven, dtype: np.dtype[Any]) -> gs.Tensor:
-        padding, reading = proven.padding, proven.reading
-        assert padding is not None
-        low = max(reading.low, float(np.finfo(dtype).min))
+    def _padding_bias(self, proven: Proven, padding: gs.Variable, low: float, dtype: np.dtype[Any]) -> gs.Tensor:
+        reading = proven.reading
         key = (id(padding), reading.padding, low, dtype)
         if key not in self._biases:
             op = Builder(self.model, f"{padding.name}/bias")
@@ -155,13 +156,11 @@ class _Work:
             self._fresh += op.nodes
         return self._biases[key]
 
-    def _is_minimal(self, part: gs.Tensor, bias: gs.Tensor, split: Split) -> bool:
-        """Return whether the old bias is as small as the new one, and as cheap."""
-        if part is bias:
-            return True
-        shape = self.values.shape_of(bias)
+    def _is_minimal(self, proven: Proven) -> bool:
+        """Return whether a mask is the bias of a padding mask, as small and as cheap as ours."""
+        shape = self.values.shape_of(proven.mask)
         small = shape is not None and all(dim == 1 for dim in shape[-3:-1])
-        return small and not split.rest and split.masks[0].nodes <= _PADDING_NODES
+        return small and proven.padding is not None and proven.nodes <= _PADDING_NODES
 
     def _put(self, node: gs.Node, form: AttentionForm, bias: gs.Tensor, parts: list[gs.Tensor], window: int) -> None:
         op = Builder(self.model, f"{node.name or node.outputs[0].name}/bias")
