@@ -29,7 +29,7 @@ BIAS_4D = "bias = Where (seen, f0, low)"
 WINDOW = "oldest = Sub (row, window) near = Greater (column, oldest)"
 
 
-def simplified(model: Model, **comparison: bool) -> Model:
+def simplified(model: Model, **comparison: int) -> Model:
     before = model.copy()
     assert simplify(model)
     assert_equal_rows(before, model, **comparison)
@@ -119,7 +119,9 @@ def test_sliding_window() -> None:
 def test_sliding_windows_of_all_sizes(size: int) -> None:
     nodes = f"{RANGES} {CAUSAL} {WINDOW} {PADDING} band = And (causal, near) seen = And (band, padding) {BIAS_4D}"
     model = attention_model(CACHE, nodes, constants=f"int64 window = {{{size}}}")
+    before = model.copy()
     assert simplify(model)
+    assert_equal_rows(before, model, window=size)
     assert flags(model) == AttentionForm(causal=True, window=True, bias=True)
     assert form_of(model)[1].attrs["window"] == size
 
@@ -377,5 +379,5 @@ def test_fixed_sizes() -> None:
 def test_a_window_of_one_needs_no_padding() -> None:
     """Each query sees itself or, being padding, nothing."""
     nodes = f"{RANGES} {CAUSAL} {WINDOW} {PADDING} band = And (causal, near) seen = And (band, padding) {BIAS_4D}"
-    model = simplified(attention_model(CACHE, nodes, constants="int64 window = {1}"))
+    model = simplified(attention_model(CACHE, nodes, constants="int64 window = {1}"), window=1)
     assert flags(model) == AttentionForm(causal=True, window=True)
