@@ -19,11 +19,12 @@ from onnxslim_llm.passes.cleanup.remove_dead_code import RemoveDeadCode
 from onnxslim_llm.passes.cleanup.simplify_algebra import SimplifyAlgebra
 from onnxslim_llm.passes.cleanup.tie_weights import TieWeights
 from onnxslim_llm.passes.fuse.fuse_activations import FuseActivations
+from onnxslim_llm.passes.fuse.fuse_attention import FuseAttention
 from onnxslim_llm.passes.fuse.fuse_layer_norm import FuseLayerNorm
 from onnxslim_llm.passes.fuse.fuse_rms_norm import FuseRmsNorm
 from onnxslim_llm.passes.fuse.fuse_rotary import FuseRotary
-from onnxslim_llm.passes.fuse.simplify_masks import SimplifyMasks
 from onnxslim_llm.passes.fuse.pack_projections import PackProjections
+from onnxslim_llm.passes.fuse.simplify_masks import SimplifyMasks
 from onnxslim_llm.passes.lower.lower_ort_cpu import LowerOrtCpu
 from onnxslim_llm.passes.lower.lower_portable import LowerPortable
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
@@ -46,6 +47,7 @@ PASSES: tuple[type[Pass], ...] = (
     TieWeights,
     InlineFunctions,
     FuseRmsNorm,
+    FuseAttention,
     FuseRotary,
     FuseLayerNorm,
     FuseActivations,
