@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from onnxslim_llm.custom_ops.packing import pack_bits, unpack_bits
 
-__all__ = ["HEADER_BYTES", "STRIP_COLUMNS", "PackedScheme", "lossless_scale_dtype", "pack", "parse", "unpack"]
+__all__ = ["HEADER_BYTES", "STRIP_COLUMNS", "PackedScheme", "header", "lossless_scale_dtype", "pack", "parse", "unpack"]
 
 Array = npt.NDArray[Any]
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
@@ -228,11 +228,12 @@ def pack(scheme: PackedScheme, codes: Array, scales: Array, zero_points: Array |
             zero_tiles = zero_tiles[:, :, 0::2] | (zero_tiles[:, :, 1::2] << np.uint8(4))
         parts.append(zero_tiles.reshape(scheme.strips, scheme.chunks, -1))
     payload = np.concatenate(parts, axis=2).reshape(-1)
-    return np.concatenate([_header(scheme), payload])
+    return np.concatenate([header(scheme), payload])
 
 
-def _header(scheme: PackedScheme) -> npt.NDArray[np.uint8]:
-    header = np.zeros((), _HEADER)
+def header(scheme: PackedScheme) -> npt.NDArray[np.uint8]:
+    """The first bytes of a packed weight."""
+    fields = np.zeros((), _HEADER)
     values = {
         "magic": MAGIC,
         "version": VERSION,
@@ -250,8 +251,8 @@ def _header(scheme: PackedScheme) -> npt.NDArray[np.uint8]:
         "payload_bytes": scheme.payload_bytes,
     }
     for name, value in values.items():
-        header[name] = value
-    return np.frombuffer(header.tobytes(), np.uint8)
+        fields[name] = value
+    return np.frombuffer(fields.tobytes(), np.uint8)
 
 
 def parse(packed: Array) -> PackedScheme:
@@ -262,23 +263,23 @@ def parse(packed: Array) -> PackedScheme:
     """
     if packed.size < HEADER_BYTES:
         raise ValueError("the packed weight is shorter than its header")
-    header = np.frombuffer(packed[:HEADER_BYTES].tobytes(), _HEADER)[0]
-    if header["magic"] != MAGIC:
+    found = np.frombuffer(packed[:HEADER_BYTES].tobytes(), _HEADER)[0]
+    if found["magic"] != MAGIC:
         raise ValueError("these bytes are not a packed weight")
-    if header["version"] != VERSION:
+    if found["version"] != VERSION:
         raise ValueError(f"the packed weight has version {header['version']}, this library reads {VERSION}")
-    if header["scale_type"] >= len(_SCALE_DTYPES):
+    if found["scale_type"] >= len(_SCALE_DTYPES):
         raise ValueError("the packed weight has an unknown type of scales")
     scheme = PackedScheme(
-        rows=int(header["rows"]),
-        columns=int(header["columns"]),
-        bits=int(header["bits"]),
-        block=int(header["block"]),
-        symmetric=not header["zero_points"],
-        scale_dtype=_SCALE_DTYPES[header["scale_type"]],
-        paired=bool(header["column_order"]),
+        rows=int(found["rows"]),
+        columns=int(found["columns"]),
+        bits=int(found["bits"]),
+        block=int(found["block"]),
+        symmetric=not found["zero_points"],
+        scale_dtype=_SCALE_DTYPES[found["scale_type"]],
+        paired=bool(found["column_order"]),
     )
-    if not np.array_equal(_header(scheme), packed[:HEADER_BYTES]):
+    if not np.array_equal(header(scheme), packed[:HEADER_BYTES]):
         raise ValueError("the sizes in the header of the packed weight contradict each other")
     if packed.size != scheme.size:
         raise ValueError(f"the packed weight has {packed.size} bytes, its header says {scheme.size}")

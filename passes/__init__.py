@@ -26,6 +26,7 @@ from onnxslim_llm.passes.fuse.fuse_rotary import FuseRotary
 from onnxslim_llm.passes.fuse.pack_projections import PackProjections
 from onnxslim_llm.passes.fuse.simplify_masks import SimplifyMasks
 from onnxslim_llm.passes.lower.lower_ort_cpu import LowerOrtCpu
+from onnxslim_llm.passes.lower.lower_ort_cpu_ops import LowerOrtCpuOps
 from onnxslim_llm.passes.lower.lower_portable import LowerPortable
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.rewrite.passes import Pass
@@ -56,4 +57,5 @@ PASSES: tuple[type[Pass], ...] = (
     PackProjections,
     LowerPortable,
     LowerOrtCpu,
+    LowerOrtCpuOps,
 )

@@ -15,9 +15,9 @@ import onnx_graphsurgeon as gs
 
 from onnxslim_llm.concepts.concept import Concept
 from onnxslim_llm.ir.weights import weight_of
-from onnxslim_llm.ir.weights.jobs import DerivedWeight, WeightJob
+from onnxslim_llm.ir.weights.jobs import DerivedWeight, Tile, WeightJob
 
-__all__ = ["BLOCK_GATHER", "BLOCK_MATMUL", "BlockJob", "BlockLayout", "WeightScheme", "job_of"]
+__all__ = ["BLOCK_GATHER", "BLOCK_MATMUL", "Accuracy", "BlockJob", "BlockLayout", "Method", "WeightScheme", "job_of"]
 
 BlockLayout = Literal["blocked_kn", "blocked_nk", "nbits"]
 """Byte layouts; the table in custom_ops/layout.py specifies them.
@@ -50,6 +50,12 @@ BLOCK_GATHER = Concept(
 )
 
 
+Accuracy = Literal["exact", "bf16", "int8"]
+"""Activations in float32, in bfloat16 together with the weights, or in int8 per block."""
+
+Method = Literal["rtn", "search", "hqq", "calibrated"]
+
+
 @dataclass(frozen=True)
 class WeightScheme:
     """How a weight is coded.
@@ -59,14 +65,14 @@ class WeightScheme:
         block: Rows of W[K, N] that share a scale: 16, 32, 64, 128 or 256; 0 for one scale per column.
         symmetric: No zero points; the whole range [-2^(bits-1), 2^(bits-1) - 1] is used.
         method: "rtn" takes the range of each block; "search" and "hqq" look for better scales, see custom_ops.quantize.
-            "hqq" for that with the least sum of |error|^(1/2).
+            "calibrated" takes the way with the least error in what the product computes on calibration data.
         scale_type: Type that scales are stored in.
     """
 
     bits: int = 4
     block: int = 32
     symmetric: bool = True
-    method: Literal["rtn", "search", "hqq"] = "search"
+    method: Method = "search"
     scale_type: Literal["float32", "float16"] = "float32"
 
     def block_rows(self, rows: int) -> int:
@@ -90,6 +96,7 @@ class BlockJob(WeightJob):
         layout: Order of the bytes.
         stored_block: Rows that share a stored scale. More scales than the scheme has are stored, repeated, if a layout
             cannot hold blocks as long as a column.
+        accuracy: The least precision that products with it had in the source model; None leaves it to the lowering.
     """
 
     scheme: WeightScheme
@@ -97,10 +104,15 @@ class BlockJob(WeightJob):
     columns: int
     layout: BlockLayout
     stored_block: int
+    accuracy: Accuracy | None = None
 
     @abstractmethod
     def with_layout(self, layout: BlockLayout) -> BlockJob:
         """Return the same work with its result in another layout: the same numbers in another order."""
+
+    def columns_of(self, tile: Tile) -> tuple[int, int]:
+        """Return the range of columns that a tile computes where the layout is "nbits": one column after the other."""
+        return tile.start, tile.stop
 
     @property
     def identity(self) -> Any:

@@ -9,12 +9,13 @@ from importlib.metadata import entry_points
 from onnxslim_llm.errors import UsageError, did_you_mean
 from onnxslim_llm.targets.base import Target, Violation
 from onnxslim_llm.targets.ort_cpu import ORT_CPU
+from onnxslim_llm.targets.ort_cpu_ops import ORT_CPU_OPS
 from onnxslim_llm.targets.portable import PORTABLE
 
 __all__ = ["TARGETS", "Target", "Violation", "all_targets", "get_target"]
 
 #: The project's own targets; the first one is the default.
-TARGETS: tuple[Target, ...] = (PORTABLE, ORT_CPU)
+TARGETS: tuple[Target, ...] = (PORTABLE, ORT_CPU, ORT_CPU_OPS)
 
 
 @cache

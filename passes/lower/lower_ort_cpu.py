@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import onnx_graphsurgeon as gs
-from onnx import TensorProto
 
 from onnxslim_llm.concepts.concept import calls, drop_unused_functions, inline_call, replace_nodes
 from onnxslim_llm.errors import CompilerBug, UsageError
 from onnxslim_llm.ir.model import Model
-from onnxslim_llm.ir.weights import AliasWeight
 from onnxslim_llm.passes.lower.codes import BlockCall, Constants, take_calls
+from onnxslim_llm.passes.lower.nbits_gather import gather_nbits
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.edit import Builder
 from onnxslim_llm.rewrite.passes import Change, Pass
@@ -72,7 +71,9 @@ class LowerOrtCpu(Pass):
                 what = f"{_DOMAIN} has no operators for {scheme.bits}-bit weights"
                 raise UsageError(what, where=call.job.where(), todo="choose 2, 4 or 8 bits")
             op = Builder(model, call.node.name or call.result.name)
-            result = _look_up(constants, op, call) if call.is_gather else self._multiply(constants, op, call, context)
+            result = (
+                gather_nbits(constants, op, call) if call.is_gather else self._multiply(constants, op, call, context)
+            )
             last = op.nodes[-1]
             assert last.outputs[0] is result
             last.outputs[0] = call.result
@@ -116,24 +117,3 @@ class LowerOrtCpu(Pass):
             block_size=block,
             accuracy_level=self.accuracy_level,
         )
-
-
-def _look_up(constants: Constants, op: Builder, call: BlockCall) -> gs.Tensor:
-    codes, scales, *zeros = call.weights("nbits")
-    job, n, block = call.job, call.job.columns, call.stored_block("nbits")
-    table = AliasWeight(codes, (n, codes.nbytes // n), TensorProto.UINT8)
-    rows = op.call(
-        _DOMAIN,
-        "GatherBlockQuantized",
-        constants.shared(call, 0, table),
-        call.operand,
-        constants.shared_scales(op, call, scales),
-        *(constants.shared(call, 2, weight) for weight in zeros),
-        bits=job.scheme.bits,
-        block_size=block,
-        gather_axis=0,
-        quantize_axis=1,
-    )
-    if job.rows % block == 0:
-        return rows
-    return op.Slice(rows, [0], [job.rows], [len(call.operand.shape)])  # a short last block is stored in full

@@ -1,0 +1,21 @@
+"""ONNX Runtime on CPUs, with the project's own operators."""
+
+from __future__ import annotations
+
+from onnxslim_llm.targets.base import Target
+
+__all__ = ["ORT_CPU_OPS"]
+
+ORT_CPU_OPS = Target(
+    name="ort-cpu-ops",
+    description=(
+        "ONNX Runtime on CPUs with the operator library of this package (`register_custom_ops`): the fastest products "
+        "of few-bit weights, which ONNX Runtime maps from the file in their final layout. `--target ort-cpu` converts "
+        "an artifact back for machines without the library."
+    ),
+    package="onnxruntime",
+    lowering="lower_ort_cpu_ops, deduplicate_initializers",
+    domains=("", "com.microsoft", "onnxslim_llm.ops"),
+    min_opset=1,
+    weight_bits=(2, 3, 4, 8),
+)
