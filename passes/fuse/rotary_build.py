@@ -14,8 +14,9 @@ from onnxslim_llm.concepts.rotary import rotary_concept
 from onnxslim_llm.ir.shapes.dims import Dim
 from onnxslim_llm.ir.shapes.symbolic import is_named
 from onnxslim_llm.ir.weights import weight_of
-from onnxslim_llm.passes.fuse.rotary_elements import Element, Elements, producer, unsqueezed_axes
+from onnxslim_llm.passes.fuse.rotary_elements import Elements
 from onnxslim_llm.passes.fuse.rotary_match import Rotation
+from onnxslim_llm.passes.fuse.rotary_steps import Element, producer, unsqueezed_axes
 from onnxslim_llm.passes.fuse.rotary_tables import ELEMENTWISE, Table
 from onnxslim_llm.rewrite.constants import constant_tensor
 from onnxslim_llm.rewrite.edit import Builder
@@ -136,22 +137,32 @@ class RotaryBuilder:
         """Return a table as [B or 1, S, R / 2]."""
         free = len(self._elements.shape(rotation.x) or ()) - rotation.trailing
         absent = free - len(_free_dims(self._elements, table))
-        drop = frozenset(axis - free - 1 for axis in layout.heads if axis >= absent)
-        key = (id(graph), id(table.tensor), table.axis, table.indices, table.constant, table.negative, drop, absent)
+        heads = tuple(axis - absent for axis in layout.heads if axis >= absent)
+        key = (id(graph), id(table.tensor), table.axis, table.indices, table.constant, table.negative, heads, absent)
         if key not in self._tables:
             self._alive.append(table.tensor)
-            tensor, rank = table.tensor, len(self._elements.shape(table.tensor) or ())
-            if table.constant or table.axis != rank - 1:
-                tensor = self._columns_last(op, table, rank)
-                tensor = _part(op, tensor, table.indices, self._elements.size(table.tensor, table.axis))
-                tensor = op.Squeeze(tensor, sorted(drop)) if drop else tensor
-            else:
-                tensor = self._rebuild(op, graph, tensor, table.indices, drop)
+            tensor = self._columns(op, graph, table, heads)
             tensor = op.Neg(tensor) if table.negative else tensor
             if absent > 0:  # the batch is missing, and maybe axes of heads
                 tensor = op.Unsqueeze(tensor, [0])
             self._tables[key] = tensor
         return self._tables[key]
+
+    def _columns(self, op: Builder, graph: gs.Graph, table: Table, heads: tuple[int, ...]) -> gs.Tensor:
+        """Return the columns of a table along the last axis, without those free axes that are numbered in `heads`."""
+        shape = self._elements.shape(table.tensor)
+        assert shape is not None
+        rank, fixed = len(shape), [axis for axis, _ in table.constant]
+        free = [axis for axis in range(rank) if axis != table.axis and axis not in fixed]
+        behind = all(axis in fixed for axis in range(table.axis + 1, rank))
+        take = None if len(table.indices) == shape[table.axis] and _is_range(table.indices) else table.indices
+        if behind and all(shape[axis] == 1 for axis in fixed) and (take is None or table.axis == rank - 1):
+            drop = frozenset(axis - rank for axis in (*fixed, *(free[head] for head in heads)))
+            return self._rebuild(op, graph, table.tensor, take, drop)
+        columns = self._columns_last(op, table, rank)
+        if take is not None:
+            columns = _part(op, columns, take)
+        return op.Squeeze(columns, list(heads)) if heads else columns
 
     @staticmethod
     def _columns_last(op: Builder, table: Table, rank: int) -> gs.Tensor:
@@ -187,7 +198,7 @@ class RotaryBuilder:
             else:
                 made = self._pushed(op, graph, tensor, take, drop)
             if made is None:
-                made = tensor if take is None else _part(op, tensor, take, self._elements.size(tensor, -1))
+                made = tensor if take is None else _part(op, tensor, take)
                 made = op.Squeeze(made, sorted(drop)) if drop else made
             self._rebuilt[key] = made
         return self._rebuilt[key]
@@ -261,11 +272,13 @@ class RotaryBuilder:
         return op.constant(np.ascontiguousarray(np.squeeze(value, axis=tuple(drop)) if drop else value), source.name)
 
 
-def _part(op: Builder, tensor: gs.Tensor, take: tuple[int, ...], size: int | None) -> gs.Tensor:
+def _is_range(indices: tuple[int, ...]) -> bool:
+    return indices == tuple(range(len(indices)))
+
+
+def _part(op: Builder, tensor: gs.Tensor, take: tuple[int, ...]) -> gs.Tensor:
     """Return the columns `take` of the last axis."""
     steps = {b - a for a, b in pairwise(take)} or {1}
-    if take == tuple(range(size or 0)):
-        return tensor
     if len(steps) == 1 and min(steps) > 0:
         return op.Slice(tensor, [take[0]], [take[-1] + 1], [-1], [steps.pop()])
     return op.Gather(tensor, np.array(take, np.int64), axis=-1)

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import onnx_graphsurgeon as gs
 
 from onnxslim_llm.concepts.rotary import RotaryPairs
-from onnxslim_llm.passes.fuse.rotary_elements import Element, Elements, operand_picks, producer
+from onnxslim_llm.passes.fuse.rotary_elements import Elements
+from onnxslim_llm.passes.fuse.rotary_steps import Element, operand_picks, producer
 from onnxslim_llm.rewrite.constants import is_constant
 from onnxslim_llm.rewrite.rule import Refusal
 
