@@ -43,10 +43,9 @@ static inline Ints row_codes(const uint8_t* chunk, int32_t half, int32_t k, int3
 // (code - zero point) * scale for 32 rows and 16 columns, [32][16].
 template <int32_t kBits>
 static inline void decode_half(const PackedWeight& w, const uint8_t* chunk, int32_t half, float* to) {
-    const int32_t block = w.scheme.block;
     for (int32_t column = 0; column < kStripColumns; column += kWidth) {
         for (int32_t part = 0; part < 2; part++) {  // blocks of 16 rows have two scales here
-            const int32_t in_chunk = (half * kDotRows + part * 16) / block;
+            const int32_t in_chunk = (half * kDotRows + part * 16) >> w.block_shift;
             const Floats scale = block_scales(w, chunk, in_chunk, column);
             const Floats zero = block_zeros(w, chunk, in_chunk, column);
             for (int32_t k = part * 16; k < part * 16 + 16; k++) {

@@ -10,6 +10,9 @@
 #else
 #include "kernels/int8_tile_scalar.h"
 #endif
+#if defined(__AMX_BF16__)
+#include "kernels/amx_bf16.h"
+#endif
 
 namespace osl {
 namespace OSL_ISA {
@@ -18,10 +21,16 @@ namespace {
 void prepare(const MatMulProblem& p, const MatMulPlan& plan, uint8_t* scratch, int64_t first, int64_t last) {
     if (p.rank > 0) prepare_low_rank(p, (float*)(scratch + plan.low_rank_at), first, last);
     if (plan.method == kMethodFloat) return prepare_float(p, scratch, first, last);
+#if defined(__AMX_BF16__)
+    if (plan.method == kMethodAmxBf16) return prepare_bf16(p, scratch, first, last);
+#endif
     return prepare_int8(p, scratch, first, last);
 }
 
 void run(const MatMulProblem& p, const MatMulPlan& plan, uint8_t* scratch, int64_t first, int64_t last) {
+#if defined(__AMX_BF16__)
+    if (plan.method == kMethodAmxBf16) return run_bf16(p, plan, scratch, first, last);
+#endif
     const PackedWeight& w = p.b;
     const int64_t step = p.activation >= kSiluGate ? 2 : 1;
     const float* low_rank = (const float*)(scratch + plan.low_rank_at);

@@ -55,6 +55,7 @@ const char* check(const MatMulProblem& p, int64_t threads) {
 
 int64_t activation_bytes(const MatMulProblem& p, int32_t method) {
     if (method == kMethodInt8) return int8_scratch_bytes(p.b, p.m);
+    if (method == kMethodAmxBf16) return (p.m + 15) / 16 * 16 * p.b.padded_rows * 2;
     return align_64(p.m * p.b.padded_rows * (int64_t)sizeof(float));
 }
 
@@ -67,6 +68,14 @@ int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Units per thread, so that a thread that was held up leaves its share to others.
 constexpr int64_t kUnitsPerThread = 4;
 
+// Rows from which on dequantizing to bfloat16 for AMX beats exact sums with VNNI (measured).
+constexpr int64_t kAmxRows = 32;
+
+int32_t method_of(const MatMulProblem& p, KernelIsa isa) {
+    if (p.accuracy != kExact && isa == kIsaAmx && p.m >= kAmxRows) return kMethodAmxBf16;
+    return p.accuracy == kInt8 ? kMethodInt8 : kMethodFloat;
+}
+
 }  // namespace
 
 const char* plan_matmul(const MatMulProblem& p, int64_t threads, KernelIsa isa, MatMulPlan* plan) {
@@ -75,11 +84,13 @@ const char* plan_matmul(const MatMulProblem& p, int64_t threads, KernelIsa isa, 
     if (const char* error = check(p, threads)) return error;
     *plan = {};
     plan->isa = chosen;
-    plan->method = p.accuracy == kInt8 ? kMethodInt8 : kMethodFloat;
+    plan->method = method_of(p, chosen);
     if (p.m == 0) return nullptr;
 
-    const int64_t step = p.activation >= kSiluGate ? 2 : 1, pairs = p.b.strips_count / step;
-    plan->run_units = threads == 1 ? 1 : smaller(threads * kUnitsPerThread, pairs);
+    const bool amx = plan->method == kMethodAmxBf16;
+    const int64_t step = amx || p.activation >= kSiluGate ? 2 : 1, pairs = quotient_up(p.b.strips_count, step);
+    // The scratch of an AMX unit should stay in one core's cache: as many units as threads.
+    plan->run_units = threads == 1 ? 1 : smaller(threads * (amx ? 1 : kUnitsPerThread), pairs);
     plan->strips_per_run_unit = quotient_up(pairs, plan->run_units) * step;
     plan->run_units = quotient_up(p.b.strips_count, plan->strips_per_run_unit);
 
@@ -88,6 +99,7 @@ const char* plan_matmul(const MatMulProblem& p, int64_t threads, KernelIsa isa, 
     plan->rows_per_prepare_unit = quotient_up(groups, plan->prepare_units) * kGroupRows;
     plan->prepare_units = quotient_up(p.m, plan->rows_per_prepare_unit);
 
+    if (amx) plan->unit_bytes = amx_unit_bytes(p.m, plan->strips_per_run_unit);
     plan->low_rank_at = activation_bytes(p, plan->method);
     plan->units_at = plan->low_rank_at + align_64(p.m * p.rank * (int64_t)sizeof(float));
     plan->scratch_bytes = plan->units_at + plan->unit_bytes * plan->run_units + 63;

@@ -76,6 +76,7 @@ PackedWeight view_of(const PackedScheme& s, int64_t rows, int64_t columns, Colum
     w.strips_count = strip_count(columns, order);
     w.scales_at = chunk_scales_at(s);
     w.zeros_at = chunk_zeros_at(s);
+    w.block_shift = __builtin_ctz((unsigned)s.block);
     w.scheme = s;
     w.order = order;
     return w;

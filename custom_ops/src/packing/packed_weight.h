@@ -132,6 +132,7 @@ struct PackedWeight {
     int32_t chunk_bytes;
     int32_t scales_at;  // in a chunk
     int32_t zeros_at;
+    int32_t block_shift;  // block = 1 << block_shift
     PackedScheme scheme;
     ColumnOrder order;
 };
