@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,9 +118,15 @@ def _layer_errors(report: SaveReport, roles: dict[str, str]) -> list[LayerError]
             bits=figures.get("bits"),
             relative_error=figures["relative_error"],
         )
-        for name, figures in report.weights.items()
+        for name, figures in _by_weight(report)
         if "relative_error" in figures
     ]
+
+
+def _by_weight(report: SaveReport) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the figures of each weight; those that were packed into one are told apart."""
+    for name, figures in report.weights.items():
+        yield from figures.get("parts", {name: figures}).items()
 
 
 def make_manifest(

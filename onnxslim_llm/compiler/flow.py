@@ -17,6 +17,7 @@ from onnxslim_llm.artifact.manifest import MANIFEST_NAME, REPORT_NAME, Manifest,
 from onnxslim_llm.artifact.sidefiles import carry_side_files
 from onnxslim_llm.artifact.staging import Staging
 from onnxslim_llm.compiler.account import Account, make_manifest
+from onnxslim_llm.compiler.calibration import SELF, Calibrator
 from onnxslim_llm.compiler.client_files import write_client_files
 from onnxslim_llm.compiler.defaults import default_output, default_recipe
 from onnxslim_llm.compiler.nonfinite import NonFinite, nonfinite_weights
@@ -35,6 +36,7 @@ from onnxslim_llm.targets import Target, get_target
 __all__ = ["MODEL_NAME", "CompileResult", "compile"]
 
 MODEL_NAME = "model.onnx"
+STATISTICS_NAME = "statistics"  # a folder of the work in progress; never part of an artifact
 VerifyLevel = Literal["fast", "full", "off"]
 
 
@@ -74,7 +76,8 @@ def compile(  # noqa: A001
         target: Name of the runtime that the artifact is for.
         recipe: A preset's name, a .toml file or a recipe; default by the kind of model.
         settings: `PASS.OPTION=VALUE`, applied to the recipe.
-        calib: Text (with the model's tokenizer beside it) or .npz/.npy inputs, used for verification.
+        calib: Text or .jsonl (with the model's tokenizer beside it) or .npz/.npy inputs, for verification and for
+            passes that work from statistics; "self" lets the model write the text.
         jobs: Threads for weight work and verification; default: all usable CPUs. The artifact does not depend on it.
         memory_limit: Bytes of weights in work at a time.
         verify: Compare source and artifact in the target's runtime: a few inputs ("fast"), many, and after every pass
@@ -119,14 +122,17 @@ def compile(  # noqa: A001
             source_hashes = hasher.submit(path.parent, [path.name, *weights])
         account.notes += staging.notes
         given = Path(calib) if calib else None
-        judge = Judge(path, goal, chosen, verify, given, account.threads, progress)
+        calibrator = Calibrator(path, given, staging.directory / STATISTICS_NAME, account.threads, progress)
+        text = None if str(given) == SELF else given
+        judge = Judge(path, goal, chosen, verify, text, account.threads, progress, calibrator)
         passes = [*chosen.build(), *Pipeline(goal.lowering).passes]
-        job = _Job(passes, goal, staging, account, progress, judge, memory_limit)
+        job = _Job(passes, goal, staging, account, progress, judge, calibrator, memory_limit)
         verified = job.run(model)
+        calibrator.discard()
         quality = judge.measure(staging.directory / MODEL_NAME)
         written, remarks = write_client_files(staging.directory / MODEL_NAME, path.parent)
         carried, notes = carry_side_files(path.parent, staging.directory, only_known=not folder)
-        account.notes += [*remarks, *notes, *judge.notes]
+        account.notes += [*remarks, *notes, *judge.notes, *calibrator.notes]
         progress.stage("report")
         manifest = make_manifest(
             account,
@@ -191,6 +197,7 @@ class _Job:
     account: Account
     progress: Progress
     judge: Judge
+    calibrator: Calibrator
     memory_limit: int | None
     report_names: list[str] = field(default_factory=list)
 
@@ -231,8 +238,8 @@ class _Job:
 
     def _transform(self, model: Model, rolled_back: dict[str, str]) -> list[PassRecord]:
         active = [p for p in self.passes if p.name not in rolled_back]
+        context = Context(target=self.target, statistics=self.calibrator.wanted_by(active))
         self.progress.stage("passes", len(active), "passes")
-        context = Context(target=self.target)
         records = Pipeline(active).run(model, context, observer=_Relay(self.progress), gate=self.judge.pass_gate())
         self.account.notes += [n for n in context.notes if n not in self.account.notes]
         for record in records:

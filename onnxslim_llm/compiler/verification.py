@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from onnxslim_llm.artifact.manifest import Gate as GateEntry
 from onnxslim_llm.artifact.manifest import Quality, Verify
+from onnxslim_llm.compiler.calibration import Calibrator
 from onnxslim_llm.compiler.progress import Progress
 from onnxslim_llm.errors import ModelError, SlimError, UsageError
 from onnxslim_llm.ir.model import Model, open_model
@@ -49,6 +50,7 @@ class Judge:
         calib: Text, or .npz/.npy inputs; a folder of such files.
         threads: Of the runtime.
         progress: Told about the runs.
+        calibrator: Has the statistics for passes that are run again.
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class Judge:
         calib: Path | None,
         threads: int,
         progress: Progress,
+        calibrator: Calibrator,
     ) -> None:
+        self._calibrator = calibrator
         self._source = source
         self._target = target
         self._recipe = recipe
@@ -138,7 +142,9 @@ class Judge:
 
         def fails(count: int) -> bool:
             model = open_model(self._source)
-            Pipeline(passes[:count]).run(model, Context(target=self._target))
+            first = passes[:count]
+            context = Context(target=self._target, statistics=self._calibrator.wanted_by(first))
+            Pipeline(first).run(model, context)
             try:
                 return not self._check_in_memory(model, self._recipe.gates)
             except ModelError:  # it opens, but it does not run, or not like the source

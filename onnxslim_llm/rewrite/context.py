@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from onnxslim_llm.stats.statistics import Statistics
     from onnxslim_llm.targets.base import Target
 
 __all__ = ["Context"]
@@ -18,9 +19,11 @@ class Context:
     Attributes:
         target: Where the artifact will run; None while inspecting or testing a single pass.
         seed: Seed for everything random, so that a compile is reproducible.
+        statistics: Moments of the inputs of products on calibration data; None where none were collected.
         notes: One-line remarks for the user; passes append to it.
     """
 
     target: Target | None = None
     seed: int = 0
+    statistics: Statistics | None = None
     notes: list[str] = field(default_factory=list)

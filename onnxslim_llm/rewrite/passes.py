@@ -78,6 +78,11 @@ class Pass(ABC):
             UsageError: The pass does not make sense here (order, target, missing data).
         """
 
+    @property
+    def wants_statistics(self) -> bool:
+        """Whether `Context.statistics` must be there with these options."""
+        return False
+
     @abstractmethod
     def apply(self, model: Model, context: Context) -> Change:
         """Change `model` in place and give an account of it."""

@@ -119,6 +119,10 @@ class DecoderRunner:
         mask = np.ones(ids.shape, np.int64) if mask is None else mask
         return {**self._feeds(ids, mask, 0), **self._empty_caches(ids.shape[0])}
 
+    def arrays(self, ids: Array, mask: Array | None = None) -> dict[str, Array]:
+        """As `feeds`, as numpy arrays that own their memory."""
+        return {name: self.session.array(value).copy() for name, value in self.feeds(ids, mask).items()}
+
     def is_causal(self) -> bool:
         """Whether earlier logits do not depend on later tokens; a model with a cache is causal by construction."""
         if self.signature.caches or self.signature.last_token_only:

@@ -15,6 +15,7 @@ from typing import Literal
 
 import onnx_graphsurgeon as gs
 
+from onnxslim_llm.concepts.attention import is_attention
 from onnxslim_llm.ir.topology import read_tensors
 
 __all__ = ["SENSITIVE", "AttentionFlow", "Sensitive"]
@@ -30,8 +31,8 @@ _CARRIERS = frozenset(
     }
 )
 _WATCHERS = frozenset({"Shape", "Size"})
-#: Operator -> position of the values among its inputs.
-_FUSED = {"Attention": 2, "MultiHeadAttention": 2, "GroupQueryAttention": 2, "SparseAttention": 2}
+#: Operators that have the values as their third input, as the attention concept does.
+_FUSED = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention", "SparseAttention"})
 #: Between the softmax and the product with the values: types, dropout, and what keeps masked rows from being NaN.
 _AFTER_SOFTMAX = frozenset({"Identity", "Cast", "Dropout", "Where", "Mul", "Reshape", "Transpose"})
 _STEPS = 8
@@ -86,7 +87,11 @@ class AttentionFlow:
 
 def _is_core(node: gs.Node) -> bool:
     """Return whether the node weighs values."""
-    return node.op in _FUSED or (node.op == "MatMul" and _is_softmax(node.inputs[0], _STEPS))
+    return _is_fused(node) or (node.op == "MatMul" and _is_softmax(node.inputs[0], _STEPS))
+
+
+def _is_fused(node: gs.Node) -> bool:
+    return node.op in _FUSED or is_attention(node)
 
 
 def _goes_to_values(product: gs.Node) -> bool:
@@ -100,7 +105,7 @@ def _goes_to_values(product: gs.Node) -> bool:
             continue
         seen.add(id(tensor))
         for node in tensor.outputs:
-            if _is_core(node) and node.inputs[_FUSED.get(node.op, 1)] is tensor:
+            if _is_core(node) and node.inputs[2 if _is_fused(node) else 1] is tensor:
                 found = True
             elif node.op in _CARRIERS:
                 stack.extend(node.outputs)

@@ -27,6 +27,7 @@ _TILE_BYTES_NUMPY = 2 << 20
 #: Blocks after which every row of codes and zero points ends with a whole byte, whatever its width.
 _WHOLE_BYTES = 4
 _BYTE = 8
+_COLUMNS_TOGETHER = 16
 #: Part of the fingerprint: raise it when the same parameters give other bytes.
 _VERSION = 1
 #: Blocks that MatMulNBits has fast kernels for: a scale per column is repeated for each of them.
@@ -96,15 +97,22 @@ class QuantizeJob(BlockJob):
         """Whether tiles are ranges of rows: where both the source and the result lie row by row."""
         return self.layout == "blocked_kn" and self.k_axis == 0 and self.scheme.block > 0
 
+    @property
+    def _tile_columns(self) -> int:
+        """Columns of a tile where time, not memory, decides; 0 where it does not."""
+        return 0
+
     def tiles(self) -> Sequence[Tile]:
         """Return ranges of rows or of columns."""
         if self._by_rows:
             line, count, align = self.columns, self.rows, _WHOLE_BYTES * self.scheme.block
         else:
             align = column_alignment(self._spec, Layout(self.layout), self.rows, self.columns)
+            if self.layout == "nbits":  # what is made of these columns may store so many of them together
+                align = _COLUMNS_TOGETHER
             line, count = self.rows, self.columns
         size = line * self.inputs[0].dtype.itemsize
-        limit = TILE_BYTES if available() else _TILE_BYTES_NUMPY
+        limit = self._tile_columns * size if self._tile_columns else TILE_BYTES if available() else _TILE_BYTES_NUMPY
         step = max(align, limit // size // align * align)
         # Input pages, and the codes and scales, which are at most as large.
         return [Tile(a, min(a + step, count), 2 * size * min(step, count - a)) for a in range(0, count, step)]
@@ -115,18 +123,24 @@ class QuantizeJob(BlockJob):
         matrix = source if self.k_axis == 0 else source.T
         part = slice(tile.start, tile.stop)
         piece = matrix[part] if self._by_rows else matrix[:, part]
-        found = quantize_tile(piece, self._spec, self.scheme.method, None, Layout(self.layout))
+        method = self.scheme.method
+        assert method != "calibrated", self.name
+        found = quantize_tile(piece, self._spec, method, None, Layout(self.layout))
         stats = {"sq_error": found.sq_error, "sq_weight": found.sq_weight, "nonfinite": float(found.nonfinite)}
         if found.first_nonfinite is not None:
-            k, n = divmod(found.first_nonfinite, piece.shape[1])
-            k, n = (k + tile.start, n) if self._by_rows else (k, n + tile.start)
-            stats["first_nonfinite"] = float(k * self.columns + n if self.k_axis == 0 else n * self.rows + k)
+            stats["first_nonfinite"] = self._first_nonfinite(piece, tile)
         arrays = self._stored(found.buffers)
         writes = [w for i, array in enumerate(arrays) for w in self._writes(i, array, tile)]
         contiguous = self._by_rows or self.k_axis == 1
         line = (self.columns if self._by_rows else self.rows) * source.dtype.itemsize
         reads = [(0, tile.start * line, tile.stop * line)] if contiguous else None
         return TileOutput(writes, stats, reads)
+
+    def _first_nonfinite(self, piece: np.ndarray[Any, Any], tile: Tile) -> float:
+        """Return the position in the source, as it is stored, of the first NaN or infinite value of a tile."""
+        k, n = np.nonzero(~np.isfinite(piece.astype(np.float32)))
+        k, n = (k + tile.start, n) if self._by_rows else (k, n + tile.start)
+        return float((k * self.columns + n if self.k_axis == 0 else n * self.rows + k).min())
 
     def finish(self, stats: list[dict[str, float]]) -> dict[str, Any]:
         """Sum the errors.

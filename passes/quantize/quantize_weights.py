@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
-from onnxslim_llm.concepts.block_weights import BLOCK_GATHER, BLOCK_MATMUL, WeightScheme
+from onnxslim_llm.concepts.block_weights import BLOCK_GATHER, BLOCK_MATMUL, Method, WeightScheme
 from onnxslim_llm.concepts.concept import follow_opset, replace_nodes
 from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.model import Model
@@ -20,6 +20,7 @@ from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.weights import Weight, constant
 from onnxslim_llm.ir.weights.jobs import derive
 from onnxslim_llm.passes.quantize.attention import SENSITIVE, Sensitive
+from onnxslim_llm.passes.quantize.calibrated_job import CalibratedJob
 from onnxslim_llm.passes.quantize.job import QuantizeJob
 from onnxslim_llm.passes.quantize.settings import ScaleType, Settings, check_scheme, check_scopes, compile_patterns
 from onnxslim_llm.passes.quantize.sites import Site, WeightGroup, find_groups
@@ -27,6 +28,9 @@ from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.edit import Builder, detach, remove_dead
 from onnxslim_llm.rewrite.engine import graph_output_ids
 from onnxslim_llm.rewrite.passes import Change, Pass
+
+if TYPE_CHECKING:
+    from onnxslim_llm.stats.statistics import Statistics
 
 __all__ = ["LONG_BLOCK", "QuantizeWeights"]
 
@@ -92,7 +96,7 @@ class QuantizeWeights(Pass):
     bits: int = 4
     block: int = 32
     symmetric: bool = False
-    method: Literal["rtn", "search", "hqq"] = "search"
+    method: Method = "search"
     embedding_bits: int = 8
     lm_head_bits: int = 8
     sensitive_bits: int = 8
@@ -116,6 +120,9 @@ class QuantizeWeights(Pass):
         Raises:
             UsageError: It cannot.
         """
+        if self.wants_statistics and context.statistics is None:
+            todo = "give --calib FILE, --calib self (text sampled from the model), or another method"
+            raise UsageError("method 'calibrated' needs calibration data", where=self.name, todo=todo)
         if context.target is None:
             return
         roles = {self.embedding_bits, self.lm_head_bits, self.sensitive_bits}
@@ -125,6 +132,11 @@ class QuantizeWeights(Pass):
             can = ", ".join(map(str, context.target.weight_bits))
             what = f"target '{context.target.name}' cannot store weights of {missing[0]} bits"
             raise UsageError(what, where=self.name, todo=f"choose one of {can}, or another target")
+
+    @property
+    def wants_statistics(self) -> bool:
+        """Whether any weight may be quantized by calibration data."""
+        return "calibrated" in (self.method, *(scope.get("method") for scope in self.scopes))
 
     def apply(self, model: Model, context: Context) -> Change:
         """Replace the products and look-ups; the weight work itself is recorded and done at save.
@@ -144,7 +156,7 @@ class QuantizeWeights(Pass):
             change = Change(detail={"converted_to_opset": opset})
             chosen = self._choose(model, change)
         model.graph.ir_version = max(model.graph.ir_version or 0, ir_version)
-        _Replacement(model, change).replace(chosen)
+        _Replacement(model, change, context.statistics).replace(chosen)
         return change
 
     def _choose(self, model: Model, change: Change) -> list[tuple[WeightGroup, WeightScheme]]:
@@ -176,9 +188,10 @@ class QuantizeWeights(Pass):
 class _Replacement:
     """Puts calls into the graphs, group by group, and all of them into place at the end."""
 
-    def __init__(self, model: Model, change: Change) -> None:
+    def __init__(self, model: Model, change: Change, statistics: Statistics | None) -> None:
         self.model = model
         self.change = change
+        self.statistics = statistics
         self.outputs = graph_output_ids(model)
         self.replaced: dict[int, list[gs.Node]] = {}
         self.removed: list[gs.Node] = []
@@ -187,7 +200,7 @@ class _Replacement:
         stored: dict[Hashable, int] = {}
         tensors = []
         for group, scheme in chosen:
-            job = QuantizeJob(group.source, group.k_axis, scheme, group.name)
+            job = self._job(group, scheme)
             derived = derive(job)
             # One set of constants per graph: ONNX Runtime does not fuse what a subgraph reads from the graph around it.
             codes: dict[int, list[gs.Constant | None]] = {}
@@ -207,6 +220,16 @@ class _Replacement:
             bytes=sum(stored.values()),
             tensors=tensors,
         )
+
+    def _job(self, group: WeightGroup, scheme: WeightScheme) -> QuantizeJob:
+        if scheme.method == "calibrated":
+            moments = self.statistics.of_weight(group.name) if self.statistics else None
+            if moments is not None and moments.size == group.rows and "embedding" not in group.roles:
+                return CalibratedJob(group.source, group.k_axis, scheme, group.name, moments)
+            if "embedding" not in group.roles:
+                self.change.skip(group.name, "no calibration data reach it: quantized by search")
+            scheme = replace(scheme, method="search")
+        return QuantizeJob(group.source, group.k_axis, scheme, group.name)
 
     def _constants(self, name: str, scheme: WeightScheme, derived: tuple[Weight, ...]) -> list[gs.Constant | None]:
         names = (f"{name}_q{scheme.bits}", f"{name}_scale", f"{name}_zp")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from onnxslim_llm.concepts.block_weights import WeightScheme
+from onnxslim_llm.concepts.block_weights import Method, WeightScheme
 from onnxslim_llm.errors import UsageError, did_you_mean
 from onnxslim_llm.passes.quantize.sites import ComputeType
 
@@ -32,7 +32,7 @@ _BYTES = {"float32": 4, "float16": 2}
 
 BITS = (2, 3, 4, 8)
 BLOCKS = (0, 16, 32, 64, 128, 256)
-_METHODS = ("rtn", "search", "hqq")
+_METHODS = ("rtn", "search", "hqq", "calibrated")
 _SCALE_TYPES = ("activation", "float16")
 _SCOPE_KEYS = ("match", "bits", "block", "symmetric", "method", "scale_dtype")
 
@@ -50,7 +50,7 @@ class Settings:
     bits: int
     block: int
     symmetric: bool
-    method: Literal["rtn", "search", "hqq"]
+    method: Method
     scale_dtype: ScaleType
 
     def in_scopes(self, scopes: Iterable[Mapping[str, Any]], names: Iterable[str]) -> Settings:

@@ -175,12 +175,9 @@ def test_a_decoder_with_a_cache(tmp_path: Path) -> None:
     path = next(Path("models").glob("*/model.onnx"), None)
     if path is None:
         pytest.skip("run from the repository: the sample model lies there")
-    session = open_session(path)
-    runner = DecoderRunner(session)
+    runner = DecoderRunner(open_session(path))
     tokens = np.random.default_rng(3).integers(0, runner.vocab, 96)
-    data = TokenCalibration.checked(
-        tokens, 32, runner.vocab, lambda ids: {n: session.array(v) for n, v in runner.feeds(ids).items()}
-    )
+    data = TokenCalibration.checked(tokens, 32, runner.vocab, runner.arrays)
     statistics, _ = collect(path, "sample", data, tmp_path / "cache", limit=1 << 20)
     layers = len(runner.signature.caches) // 2
     assert len(statistics.taps) == 4 * layers + 1  # q/k/v, output, gate/up, down, and the classifier

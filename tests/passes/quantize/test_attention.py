@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from block_models import model_of, proto, weights
 
-from onnxslim_llm.ir.model import Model
+from onnxslim_llm.ir.model import Model, open_model
+from onnxslim_llm.passes.fuse.fuse_attention import FuseAttention
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.rewrite.context import Context
+from onnxslim_llm.rewrite.pipeline import Pipeline
 
 WIDTH = 32
 
@@ -148,3 +151,20 @@ def test_options_choose_who_gets_more_bits(options: dict[str, Any], wide: set[st
 def test_zero_bits_leave_them_alone() -> None:
     change = QuantizeWeights(min_elements=0, sensitive_bits=0, sensitive=("value",)).apply(model_with(2), Context())
     assert {skip.where for skip in change.skipped} == {"v_proj0", "v_proj1"}
+
+
+def test_attentions_of_the_concept_are_known() -> None:
+    model = model_with(3)
+    assert len(FuseAttention().apply(model, Context()).sites) == 3
+    assert sensitive(model) == expected(3)
+
+
+def test_products_of_the_sample_stay_what_they_are_when_attention_is_fused() -> None:
+    path = Path(__file__).resolve().parents[3] / "models" / "stdlib-llama" / "model.onnx"
+    found = []
+    for pipeline in ("cleanup", "cleanup, fuse_attention, cleanup"):
+        model = open_model(path)
+        Pipeline(pipeline).run(model)
+        found.append(sensitive(model))
+    assert found[0] == found[1]
+    assert {"value", "output", "first_block"} == {way for ways in found[0].values() for way in ways}

@@ -1,0 +1,178 @@
+"""Statistics as part of a compile: where the data come from, and that they are collected once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onnxslim_llm.compiler.progress import Progress
+from onnxslim_llm.errors import UsageError
+from onnxslim_llm.rewrite.passes import Pass
+from onnxslim_llm.runtime.sidefiles import SideFiles
+from onnxslim_llm.runtime.tokenizer import load_tokenizer
+from onnxslim_llm.stats.calibration import Calibration, TensorCalibration, TokenCalibration
+
+if TYPE_CHECKING:
+    from onnxslim_llm.runtime.decoder import DecoderRunner
+    from onnxslim_llm.runtime.session import Session
+    from onnxslim_llm.stats.statistics import Statistics
+
+__all__ = ["SELF", "Calibrator"]
+
+#: Instead of a file: text that the model itself writes.
+SELF = "self"
+
+#: Tokens that statistics are collected on: enough for inputs of some thousands of channels.
+TOKENS = 32_768
+#: Tokens of a sample, if the model's context is not shorter.
+WINDOW = 512
+#: The model writes fewer: each costs a step of its own, though many rows are written at once.
+SELF_TOKENS = 16_384
+_SELF_ROWS = 32
+
+_ARRAYS = (".npz", ".npy")
+
+
+@dataclass
+class Calibrator:
+    """Collects statistics of a source model when a pass first asks for them.
+
+    Attributes:
+        source: The .onnx file.
+        data: --calib: a file or folder, `SELF`, or None.
+        folder: Where statistics lie while the compile needs them.
+        threads: Of the runtime.
+        progress: Told about the runs.
+        notes: What the user should know.
+    """
+
+    source: Path
+    data: Path | None
+    folder: Path
+    threads: int
+    progress: Progress
+    notes: list[str] = field(default_factory=list)
+    _statistics: Statistics | None = field(default=None, repr=False)
+
+    def statistics(self) -> Statistics | None:
+        """Return the statistics; None if there are no data.
+
+        Raises:
+            UsageError: The data do not fit the model.
+            ModelError: The model does not run on them.
+        """
+        if self._statistics is None and self.data is not None:
+            from onnxslim_llm.runtime.session import open_session
+            from onnxslim_llm.stats.collect import collect
+
+            self.progress.stage("calibrate", None, "samples")
+            calibration = self._calibration(open_session(self.source, threads=self.threads))
+            identity = f"{self.source} {self.source.stat().st_size} {self.source.stat().st_mtime_ns}"
+            self._statistics, notes = collect(
+                self.source,
+                hashlib.sha256(identity.encode()).hexdigest(),
+                calibration,
+                self.folder,
+                threads=self.threads,
+                progress=lambda done, total: self.progress.advance(done),
+            )
+            self.notes += notes
+        return self._statistics
+
+    def wanted_by(self, passes: Iterable[Pass]) -> Statistics | None:
+        """Return the statistics if one of the passes works from them."""
+        return self.statistics() if any(step.wants_statistics for step in passes) else None
+
+    def discard(self) -> None:
+        """Remove what was stored: the weights are written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _calibration(self, session: Session) -> Calibration:
+        from onnxslim_llm.runtime.decoder import DecoderRunner
+        from onnxslim_llm.runtime.signature import find_decoder
+        from onnxslim_llm.verify.arrays import load_arrays
+
+        assert self.data is not None
+        signature, why = find_decoder(session)
+        itself = str(self.data) == SELF
+        if not itself and not self.data.exists():
+            todo = "check the path after --calib"
+            raise UsageError("there is no such calibration file", where=str(self.data), todo=todo)
+        files = [] if itself else sorted(self.data.iterdir()) if self.data.is_dir() else [self.data]
+        if any(file.suffix in _ARRAYS for file in files):
+            return TensorCalibration(tuple(case.feeds for case in load_arrays(self.data, session.inputs)))
+        if signature is None:
+            what = f"text cannot be fed to this model: {why}"
+            raise UsageError(what, where="--calib", todo="give .npz files with one array per input name")
+        runner = DecoderRunner(session, signature)
+        context = SideFiles.of(self.source.parent).context_length
+        window = min(WINDOW, signature.length or WINDOW, context or WINDOW)
+        tokens = _written_by(runner, window) if itself else self._read(files)
+        return TokenCalibration.checked(tokens[:TOKENS], window, runner.vocab, runner.arrays)
+
+    def _read(self, files: list[Path]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        tokenizer = None
+        found: list[int] = []
+        for file in (f for f in files if f.suffix in (".txt", ".jsonl") or len(files) == 1):
+            for piece in _pieces(file):
+                if isinstance(piece, str):
+                    tokenizer = tokenizer or load_tokenizer(self.source.parent)
+                    piece = tokenizer.encode(piece)
+                found += piece
+                if len(found) >= TOKENS:
+                    break
+        return np.asarray(found, np.int64)
+
+
+def _pieces(file: Path) -> Iterator[str | list[int]]:
+    """Yield the texts or token ids of a text or .jsonl file.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the calibration text cannot be read: {error}", where=str(file)) from error
+    if file.suffix != ".jsonl":
+        yield text
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"line {number} is no JSON: {error}", where=str(file)) from error
+        found = entry.get("tokens", entry.get("text")) if isinstance(entry, dict) else entry
+        if isinstance(found, str) or (isinstance(found, list) and all(isinstance(i, int) for i in found)):
+            yield found
+        else:
+            todo = 'write {"text": "..."} or {"tokens": [1, 2, ...]} on each line'
+            raise UsageError(f"line {number} has neither text nor tokens", where=str(file), todo=todo)
+
+
+def _written_by(runner: DecoderRunner, window: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Return token ids sampled from the model itself, many rows at once, each from a random first token."""
+    rng = np.random.default_rng(0)
+    fixed = runner.signature.batch
+    rows = fixed or _SELF_ROWS
+    written = []
+    for _ in range(max(1, SELF_TOKENS // (rows * window))):
+        ids = rng.integers(0, runner.vocab, (rows, 1))
+        logits, state = runner.extend(ids)
+        for _ in range(window - 1):
+            last = logits[:, -1].astype(np.float64)
+            # The largest of logits with Gumbel noise is a sample of their softmax.
+            chosen = np.argmax(last + rng.gumbel(size=last.shape), axis=-1)[:, None]
+            ids = np.concatenate([ids, chosen], axis=1)
+            logits, state = runner.extend(chosen, state)
+        written.append(ids)
+    return np.concatenate(written).reshape(-1).astype(np.int64)
