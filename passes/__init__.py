@@ -23,6 +23,7 @@ from onnxslim_llm.passes.fuse.fuse_attention import FuseAttention
 from onnxslim_llm.passes.fuse.fuse_layer_norm import FuseLayerNorm
 from onnxslim_llm.passes.fuse.fuse_rms_norm import FuseRmsNorm
 from onnxslim_llm.passes.fuse.fuse_rotary import FuseRotary
+from onnxslim_llm.passes.fuse.pack_projections import PackProjections
 from onnxslim_llm.passes.fuse.simplify_masks import SimplifyMasks
 from onnxslim_llm.passes.lower.lower_ort_cpu import LowerOrtCpu
 from onnxslim_llm.passes.lower.lower_ort_cpu_ops import LowerOrtCpuOps
@@ -53,6 +54,7 @@ PASSES: tuple[type[Pass], ...] = (
     FuseActivations,
     SimplifyMasks,
     QuantizeWeights,
+    PackProjections,
     LowerPortable,
     LowerOrtCpu,
     LowerOrtCpuOps,

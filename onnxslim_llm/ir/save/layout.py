@@ -11,6 +11,7 @@ from onnx import TensorProto
 
 from onnxslim_llm.ir.walk import all_initializers
 from onnxslim_llm.ir.weights import dtypes, weight_of
+from onnxslim_llm.ir.weights.concat import ConcatWeight
 from onnxslim_llm.ir.weights.jobs import DerivedWeight
 from onnxslim_llm.ir.weights.sparse import SparseWeight
 from onnxslim_llm.ir.weights.stored import MappedWeight
@@ -119,6 +120,9 @@ def work_identity(weight: Weight) -> str:
         return f"{weight.op} of ({work_identity(weight.base)})"
     if isinstance(weight, AliasWeight):
         return work_identity(weight.base)
+    if isinstance(weight, ConcatWeight):
+        parts = "; ".join(f"{part.shape} {work_identity(part)}" for part in weight.parts)
+        return f"axis {weight.axis} of ({parts})"
     return weight.digest().hex()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from onnxslim_llm.ir.weights.kinds import (
     AliasWeight,
     ArrayWeight,
+    ConcatWeight,
     DerivedWeight,
     MappedFile,
     MappedWeight,
@@ -19,6 +20,7 @@ from onnxslim_llm.ir.weights.kinds import (
 __all__ = [
     "AliasWeight",
     "ArrayWeight",
+    "ConcatWeight",
     "DerivedWeight",
     "MappedFile",
     "MappedWeight",

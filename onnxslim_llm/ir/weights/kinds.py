@@ -10,6 +10,7 @@ from onnx import TensorProto
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from onnxslim_llm.ir.weights import dtypes
+from onnxslim_llm.ir.weights.concat import ConcatWeight
 from onnxslim_llm.ir.weights.jobs import DerivedWeight
 from onnxslim_llm.ir.weights.mapping import MappedFile
 from onnxslim_llm.ir.weights.sparse import SparseWeight
@@ -20,6 +21,7 @@ from onnxslim_llm.ir.weights.weight import Weight
 __all__ = [
     "AliasWeight",
     "ArrayWeight",
+    "ConcatWeight",
     "DerivedWeight",
     "MappedFile",
     "MappedWeight",
