@@ -36,7 +36,7 @@ def test_a_mistyped_name_gets_a_hint() -> None:
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
 def test_lowerings_are_pipelines(target: Target) -> None:
-    assert Pipeline(target.lowering).passes[0].group == "lower"
+    assert "lower" in {step.group for step in Pipeline(target.lowering).passes}
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
