@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from onnxslim_llm.ir.shapes import ensure_shapes
 from onnxslim_llm.passes.cleanup.rules_arithmetic import ARITHMETIC
+from onnxslim_llm.passes.cleanup.rules_expand import EXPANDS
 from onnxslim_llm.passes.cleanup.rules_layout import LAYOUT
+from onnxslim_llm.passes.cleanup.rules_transpose import TRANSPOSES
 from onnxslim_llm.passes.cleanup.rules_types import TYPES
 from onnxslim_llm.rewrite.engine import apply_rules
 from onnxslim_llm.rewrite.passes import Change, Pass
@@ -18,15 +20,15 @@ if TYPE_CHECKING:
 
 __all__ = ["RULES", "SimplifyAlgebra"]
 
-RULES = (*ARITHMETIC, *TYPES, *LAYOUT)
+RULES = (*ARITHMETIC, *TYPES, *LAYOUT, *TRANSPOSES, *EXPANDS)
 
 
 @dataclass(frozen=True)
 class SimplifyAlgebra(Pass):
     """Apply equations that hold for every input: x * 1 = x, Transpose of Transpose, Cast to the type that it has, ...
 
-    The equations are the tables in rules_arithmetic.py, rules_types.py and rules_layout.py. Two Unsqueeze nodes in a
-    row are left: runtimes look for them when they fuse attention.
+    The equations are the tables in rules_arithmetic.py, rules_types.py, rules_layout.py, rules_transpose.py and
+    rules_expand.py. Two Unsqueeze nodes in a row are left: runtimes look for them when they fuse attention.
 
     Before:
         agraph (float[N, 4] x) => (float[N, 4] y)

@@ -54,6 +54,14 @@ HOLDS = [
     ("tile(x, ones) -> x", "e = Exp (x)  s = Tile (e, j)  y = Neg (s)", {"j": np.array([1, 1])}, "Exp Neg"),
     ("pad(x, zeros) -> x", "e = Exp (x)  s = Pad (e, j, k)  y = Neg (s)", {"j": np.zeros(4, np.int64), "k": ONE}, "Exp Neg"),
     ("concat(x) -> x", "e = Concat <axis = 1> (x)  y = Neg (e)", {}, "Neg"),
+    ("transpose(f(transpose(x))) -> transpose(f(x))", "e = Transpose (x)  s = Neg (e)  t = Transpose (s)  y = Exp (t)", {}, "Neg Exp"),
+    ("transpose(f(transpose(x))) -> transpose(f(x))", "e = Transpose (x)  s = Slice (e, j, k, a)  t = Transpose (s)  u = ReduceMax <axes = [1]> (t)  v = ReduceMax <axes = [0]> (e)  y = Add (u, v)", {"j": np.array([1]), "k": np.array([3]), "a": np.array([-2])}, "Slice Transpose ReduceMax ReduceMax Add"),
+    ("transpose(f(transpose(x))) -> transpose(f(x))", "e = Transpose (x)  s, v = Split <axis = 0> (e, j)  t = Transpose (s)  w = Transpose (v)  y = Sub (t, w)", {"j": np.array([2, 2])}, "Slice Slice Sub"),
+    ("transpose(f(transpose(x))) -> transpose(f(x))", "d = Unsqueeze (x, j)  e = Transpose <perm = [1, 0, 2]> (d)  s = LayerNormalization (e, k)  t = Transpose <perm = [2, 0, 1]> (s)  y = ReduceMax <axes = [2], keepdims = 0> (t)", {"j": np.array([0]), "k": np.ones(4, np.float32)}, "Unsqueeze LayerNormalization Transpose ReduceMax"),
+    ("gathernd(x, [[i]]) -> slice(x, i, i + 1)", "e = GatherND (x, j)  f = GatherND (x, k)  y = Add (e, f)", {"j": np.array([[0]]), "k": np.array([[-1]])}, "Slice Slice Add"),
+    ("f(expand(x), y) -> f(x, y)", "j = Shape (x)  e = Expand (r, j)  y = Mul (e, x)", {}, "Mul"),
+    ("f(expand(x), y) -> f(x, y)", "e = Expand (k, j)  y = Where (b, e, x)", {"k": ONE, "j": np.array([4])}, "Where"),
+    ("f(expand(x), y) -> f(x, y)", "u = Unsqueeze (x, l)  j = Shape (x)  h = Gather (j, z)  o = Concat <axis = 0> (h, i1, i1)  e = Expand (k, o)  m = MatMul (u, e)  y = ReduceMax <axes = [1], keepdims = 0> (m)", {"k": np.ones((1, 4, 4), np.float32), "l": np.array([1]), "z": np.array([0]), "i1": np.array([1])}, "Unsqueeze MatMul ReduceMax"),
     ("concat(concat(a, b), c) -> concat(a, b, c)", "e = Exp (x)  s = Concat <axis = 0> (x, e)  t = Concat <axis = -2> (s, x)  y = ReduceMax <axes = [0]> (t)", {}, "Exp Concat ReduceMax"),
 ]  # fmt: skip
 
@@ -80,6 +88,13 @@ DOES_NOT_HOLD = [
     ("expand that adds an axis", "s = Expand (x, j)  y = ReduceMax <axes = [0], keepdims = 0> (s)", {"j": np.array([1, 1, 1])}),
     ("tile", "s = Tile (r, j)  y = Add (x, s)", {"j": np.array([1, 4])}),
     ("pad", "s = Pad (x, j, k)  y = ReduceMax <axes = [0]> (s)", {"j": np.array([1, 0, 0, 0]), "k": ONE}),
+    ("softmax of another axis", "t = Transpose (x)  e = Softmax (t)  y = Transpose (e)", {}),
+    ("norm of a moved axis", "u = Unsqueeze (r, j)  t = Transpose <perm = [1, 2, 0]> (u)  e = LayerNormalization (t, k)  s = Transpose <perm = [2, 0, 1]> (e)  y = ReduceMax <axes = [2], keepdims = 0> (s)", {"j": np.array([0]), "k": np.ones(1, np.float32)}),
+    ("norm of two axes", "u = Unsqueeze (r, j)  t = Transpose <perm = [1, 0, 2]> (u)  e = LayerNormalization <axis = 1> (t, k)  s = Transpose <perm = [1, 0, 2]> (e)  y = ReduceMax <axes = [0], keepdims = 0> (s)", {"j": np.array([0]), "k": np.ones((1, 1), np.float32)}),
+    ("negated and read", "t = Transpose (x)  e = Neg (t)  s = Transpose (e)  u = ReduceMax <axes = [0]> (s)  v = ReduceMax <axes = [1]> (e)  w = Transpose (v)  y = Add (u, w)", {}),
+    ("two rows at once", "y = GatherND (x, j)", {"j": np.array([[0], [1]])}),
+    ("expand alone", "e = Expand (r, j)  y = Mul (e, k)", {"j": np.array([1, 4]), "k": np.full((1, 1), 2, np.float32)}),
+    ("expand of a matrix", "e = Expand (r, j)  y = MatMul (e, k)", {"j": np.array([1, 4]), "k": np.ones((4, 4), np.float32)}),
     ("concat along another axis", "s = Concat <axis = 0> (x, x)  t = Concat <axis = 1> (s, s)  y = ReduceMax <axes = [0, 1]> (t)", {}),
     ("concat used twice", "s = Concat <axis = 0> (x, x)  t = Concat <axis = 0> (s, x)  u = ReduceMax <axes = [0]> (s)  v = ReduceMax <axes = [0]> (t)  y = Add (u, v)", {}),
 ]  # fmt: skip
