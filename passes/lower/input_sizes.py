@@ -1,0 +1,64 @@
+"""Sizes as tensors, read off the graph's inputs, so that all layers share the nodes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxslim_llm.ir.shapes import SymbolicValues
+from onnxslim_llm.ir.shapes.dims import Dim
+from onnxslim_llm.rewrite.edit import Builder
+
+if TYPE_CHECKING:
+    from onnxslim_llm.ir.model import Model
+
+__all__ = ["InputSizes"]
+
+
+class InputSizes:
+    """Makes int64 tensors [1] that hold sizes.
+
+    Args:
+        model: The model.
+        values: Its symbolic shapes, as it is now.
+
+    Attributes:
+        nodes: Nodes that were made; they read nothing but graph inputs, so that they may stand first.
+        hidden: Identities of inputs that are not read: their sizes are about to change.
+    """
+
+    def __init__(self, model: Model, values: SymbolicValues) -> None:
+        self._model = model
+        self._values = values
+        self._made: dict[Dim, gs.Tensor] = {}
+        self._op = Builder(model, "sizes")
+        self.hidden: set[int] = set()
+
+    @property
+    def nodes(self) -> list[gs.Node]:
+        """The nodes, in order."""
+        return self._op.nodes
+
+    def of(self, dim: Dim | None) -> gs.Tensor | None:
+        """Return a tensor [1] with a size, or None if no graph input has an axis of exactly this size."""
+        if dim is None or dim in self._made:
+            return None if dim is None else self._made[dim]
+        if isinstance(dim, int):
+            self._made[dim] = self._op.constant(np.array([dim], np.int64))
+            return self._made[dim]
+        for tensor in self._model.graph.inputs:
+            shape = None if id(tensor) in self.hidden else self._values.shape_of(tensor)
+            for axis, size in enumerate(shape or ()):
+                if size == dim:
+                    self._made[dim] = self.read(self._op, tensor, axis)
+                    return self._made[dim]
+        return None
+
+    @staticmethod
+    def read(op: Builder, tensor: gs.Tensor, axis: int) -> gs.Variable:
+        """Return the size of an axis of any tensor, [1]."""
+        size: gs.Variable = op.Shape(tensor, start=axis, end=axis + 1)
+        size.dtype, size.shape = np.dtype(np.int64), [1]
+        return size

@@ -1,0 +1,115 @@
+"""Attentions in the operators of ONNX Runtime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import onnx_graphsurgeon as gs
+
+from onnxslim_llm.concepts.attention import is_attention
+from onnxslim_llm.concepts.concept import drop_unused_functions, follow_opset, replace_nodes
+from onnxslim_llm.ir.model import Model
+from onnxslim_llm.ir.opset import convert_opset
+from onnxslim_llm.ir.shapes import infer_shapes
+from onnxslim_llm.ir.topology import sort_nodes
+from onnxslim_llm.passes.lower.attention_call import AttentionCall
+from onnxslim_llm.passes.lower.attention_masks import Masks
+from onnxslim_llm.passes.lower.grouped_attention import CONTRIB_DOMAIN, Lengths, grouped_attention, reason_against
+from onnxslim_llm.passes.lower.input_sizes import InputSizes
+from onnxslim_llm.passes.lower.standard_attention import STANDARD_OPSET, standard_attention
+from onnxslim_llm.rewrite.context import Context
+from onnxslim_llm.rewrite.edit import Builder, detach, remove_dead
+from onnxslim_llm.rewrite.engine import graph_output_ids
+from onnxslim_llm.rewrite.passes import Change, Pass
+
+__all__ = ["LowerAttention"]
+
+
+@dataclass(frozen=True)
+class LowerAttention(Pass):
+    """Turn attentions into ai.onnx Attention, or into ONNX Runtime's GroupQueryAttention.
+
+    The model is converted to opset 24 for ai.onnx Attention. What that operator cannot say itself (sliding windows) is
+    said by its mask, which all layers share.
+
+    Before:
+        Y, PK, PV = onnxslim_llm.Attention_Past_Present_Causal_Grouped <q_num_heads = 4, kv_num_heads = 2,
+                    scale = 0.125> (Q, K, V, past_key, past_value)
+    After:
+        Y, PK, PV = Attention <is_causal = 1, q_num_heads = 4, kv_num_heads = 2, scale = 0.125> (Q, K, V, ,
+                    past_key, past_value)
+
+    Skips when:
+        - operator is "contrib" and GroupQueryAttention cannot express the attention (not causal, key and value heads of
+          different sizes, a cache that is not returned): it becomes ai.onnx Attention
+
+    Attributes:
+        operator: "standard": ai.onnx Attention, as fast or faster, and without restrictions. "contrib":
+            com.microsoft.GroupQueryAttention, which older versions of ONNX Runtime know as well; with a past it runs
+            several tokens at once only for a batch of one.
+    """
+
+    name: ClassVar[str] = "lower_attention"
+    group: ClassVar[str] = "lower"
+
+    operator: Literal["standard", "contrib"] = "standard"
+
+    def apply(self, model: Model, context: Context) -> Change:
+        """Replace all attentions.
+
+        Raises:
+            ModelError: A node cannot be converted to opset 24; it is named.
+        """
+        change = Change()
+        if not any(is_attention(node) for graph in model.graphs() for node in graph.nodes):
+            return change
+        if (model.opset() or 0) < STANDARD_OPSET:
+            convert_opset(model, STANDARD_OPSET)
+            follow_opset(model)
+        values = infer_shapes(model)
+        sizes = InputSizes(model, values)
+        replaced: dict[int, list[gs.Node]] = {}
+        old: list[gs.Node] = []
+        for graph in model.graphs():
+            masks, lengths = Masks(values, sizes), Lengths(sizes)
+            for node in [node for node in graph.nodes if is_attention(node)]:
+                call = AttentionCall.of(node, values)
+                where = node.name or node.outputs[0].name
+                op = Builder(model, where)
+                against = "" if self.operator == "standard" else reason_against(call)
+                if against:
+                    change.skip(where, f"GroupQueryAttention cannot express it: {against}")
+                if self.operator == "contrib" and not against:
+                    results = grouped_attention(op, call, masks, lengths)
+                    model.set_opset(CONTRIB_DOMAIN, 1)
+                else:
+                    results = standard_attention(op, call, masks)
+                detach(node)
+                take_over(op.nodes, results, list(call.outputs.values()))
+                replaced[id(node)] = op.nodes
+                old.append(node)
+                change.sites.append(where)
+        replace_nodes(model, replaced)
+        finish(model, sizes)
+        return change
+
+
+def take_over(nodes: list[gs.Node], results: tuple[gs.Tensor, ...], outputs: list[gs.Variable]) -> None:
+    """Let the new nodes make the old outputs."""
+    for result, output in zip(results, outputs, strict=True):
+        for node in nodes:
+            for i, tensor in enumerate(node.outputs):
+                if tensor is result:
+                    node.outputs[i] = output
+            for i, tensor in enumerate(node.inputs):
+                if tensor is result:
+                    node.inputs[i] = output
+
+
+def finish(model: Model, sizes: InputSizes) -> None:
+    """Put the nodes that read sizes first, and everything in order."""
+    unused = {id(node) for node in remove_dead(sizes.nodes, graph_output_ids(model))}
+    model.graph.nodes[:] = [*(node for node in sizes.nodes if id(node) not in unused), *model.graph.nodes]
+    sort_nodes(model.graph)
+    drop_unused_functions(model)
