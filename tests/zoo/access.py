@@ -15,6 +15,7 @@ _NEEDS = {
     "optimum": ("torch", "transformers", "optimum.exporters.onnx"),
     "dynamo": ("torch", "transformers", "onnxscript"),
     "script": ("torch", "transformers"),
+    "genai": ("torch", "transformers", "tokenizers", "onnxruntime_genai"),
 }
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from zoo import dynamo_exporter, optimum_exporter, sample_inputs, script_exporter, weights
+from zoo import dynamo_exporter, genai_exporter, optimum_exporter, sample_inputs, script_exporter, weights
 from zoo.families import Family
 
 __all__ = ["EXPORTERS", "Export", "export"]
@@ -23,6 +23,7 @@ EXPORTERS: dict[str, Callable[[Family, Path], None]] = {
     "optimum": optimum_exporter.export,
     "dynamo": dynamo_exporter.export,
     "script": script_exporter.export,
+    "genai": genai_exporter.export,
 }
 
 _PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxscript", "onnxruntime-genai", "numpy")
@@ -74,8 +75,15 @@ def _run(family: Family, exporter: str, folder: Path) -> None:
         try:
             EXPORTERS[exporter](family, folder)
         except Exception as error:  # whatever an exporter raises is its answer
-            message = next((line for line in str(error).splitlines() if line.strip()), "")
-            (folder / _FAILURE).write_text(f"{type(error).__name__}: {message.strip()}", encoding="utf-8")
+            (folder / _FAILURE).write_text(_message(error).replace(str(folder), "..."), encoding="utf-8")
+
+
+def _message(error: BaseException) -> str:
+    """The first line of the innermost cause: exporters wrap it in advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line}"
 
 
 def _root() -> Path:

@@ -159,7 +159,7 @@ _DECODERS: tuple[Family, ...] = (
     Family(
         "phi3",
         "Phi3ForCausalLM",
-        {**_GQA, "sliding_window": None},
+        {**_GQA, "sliding_window": None, "original_max_position_embeddings": CONTEXT},
         note="packed QKV and packed gate/up in the source",
     ),
     Family(
