@@ -25,6 +25,7 @@ from onnxslim_llm.passes.fuse.fuse_rms_norm import FuseRmsNorm
 from onnxslim_llm.passes.fuse.fuse_rotary import FuseRotary
 from onnxslim_llm.passes.fuse.pack_projections import PackProjections
 from onnxslim_llm.passes.fuse.simplify_masks import SimplifyMasks
+from onnxslim_llm.passes.lower.lower_attention import LowerAttention
 from onnxslim_llm.passes.lower.lower_ort_cpu import LowerOrtCpu
 from onnxslim_llm.passes.lower.lower_ort_cpu_ops import LowerOrtCpuOps
 from onnxslim_llm.passes.lower.lower_portable import LowerPortable
@@ -55,6 +56,7 @@ PASSES: tuple[type[Pass], ...] = (
     SimplifyMasks,
     QuantizeWeights,
     PackProjections,
+    LowerAttention,
     LowerPortable,
     LowerOrtCpu,
     LowerOrtCpuOps,
