@@ -14,6 +14,7 @@ __all__ = ["model_path"]
 _NEEDS = {
     "optimum": ("torch", "transformers", "optimum.exporters.onnx"),
     "dynamo": ("torch", "transformers", "onnxscript"),
+    "dynamo-cache": ("torch", "transformers", "onnxscript"),
     "script": ("torch", "transformers"),
     "genai": ("torch", "transformers", "tokenizers", "onnxruntime_genai"),
 }

@@ -14,7 +14,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from zoo import dynamo_exporter, genai_exporter, optimum_exporter, sample_inputs, script_exporter, weights
+from zoo import (
+    dynamo_cache_exporter,
+    dynamo_exporter,
+    genai_exporter,
+    optimum_exporter,
+    sample_inputs,
+    script_exporter,
+    weights,
+)
 from zoo.families import Family
 
 __all__ = ["EXPORTERS", "Export", "export"]
@@ -22,6 +30,7 @@ __all__ = ["EXPORTERS", "Export", "export"]
 EXPORTERS: dict[str, Callable[[Family, Path], None]] = {
     "optimum": optimum_exporter.export,
     "dynamo": dynamo_exporter.export,
+    "dynamo-cache": dynamo_cache_exporter.export,
     "script": script_exporter.export,
     "genai": genai_exporter.export,
 }
