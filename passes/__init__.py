@@ -29,6 +29,7 @@ from onnxslim_llm.passes.lower.lower_attention import LowerAttention
 from onnxslim_llm.passes.lower.lower_ort_cpu import LowerOrtCpu
 from onnxslim_llm.passes.lower.lower_ort_cpu_ops import LowerOrtCpuOps
 from onnxslim_llm.passes.lower.lower_portable import LowerPortable
+from onnxslim_llm.passes.lower.raise_block_weights import RaiseBlockWeights
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.rewrite.passes import Pass
 
@@ -56,6 +57,7 @@ PASSES: tuple[type[Pass], ...] = (
     SimplifyMasks,
     QuantizeWeights,
     PackProjections,
+    RaiseBlockWeights,
     LowerAttention,
     LowerPortable,
     LowerOrtCpu,

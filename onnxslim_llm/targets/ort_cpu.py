@@ -13,7 +13,10 @@ ORT_CPU = Target(
         "nodes in their final layout, so that sessions open faster and with less memory than with the portable form."
     ),
     package="onnxruntime",
-    lowering="pack_projections, lower_attention, lower_ort_cpu, deduplicate_initializers",
+    lowering=(
+        "raise_block_weights{runtime_operators=false}, "
+        "pack_projections, lower_attention, lower_ort_cpu, deduplicate_initializers"
+    ),
     domains=("", "com.microsoft"),
     min_opset=1,
     weight_bits=(2, 4, 8),

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from onnxslim_llm.targets.base import Target
+from onnxslim_llm.targets.ort_cpu import ORT_CPU
 
 __all__ = ["ORT_CPU_OPS"]
+
+
+def _lowering() -> str:
+    """What our operators do not do, ONNX Runtime's own do as on ort-cpu."""
+    text = ORT_CPU.lowering.replace("{runtime_operators=false}", "")
+    return text.replace("lower_ort_cpu,", "lower_ort_cpu_ops, lower_ort_cpu,")
+
 
 ORT_CPU_OPS = Target(
     name="ort-cpu-ops",
@@ -14,7 +22,7 @@ ORT_CPU_OPS = Target(
         "an artifact back for machines without the library."
     ),
     package="onnxruntime",
-    lowering="lower_ort_cpu_ops, deduplicate_initializers",
+    lowering=_lowering(),
     domains=("", "com.microsoft", "onnxslim_llm.ops"),
     min_opset=1,
     weight_bits=(2, 3, 4, 8),

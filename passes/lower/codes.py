@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -95,8 +95,13 @@ class Constants:
         return self._cast[key]
 
 
-def take_calls(model: Model) -> tuple[list[BlockCall], list[gs.Node]]:
-    """Return the calls with recorded work, detached, and those without (of a model that was saved half way)."""
+def take_calls(model: Model, *, leave_tables: Sequence[int] = ()) -> tuple[list[BlockCall], list[gs.Node]]:
+    """Return the calls with recorded work, detached, and those without (of a model that was saved half way).
+
+    Args:
+        model: The model.
+        leave_tables: Look-ups in tables with codes of these widths that no product shares stay where they are.
+    """
     found: list[BlockCall] = []
     opaque: list[gs.Node] = []
     for graph, node in calls(model, BLOCK_MATMUL, BLOCK_GATHER):
@@ -113,5 +118,7 @@ def take_calls(model: Model) -> tuple[list[BlockCall], list[gs.Node]]:
         uses.setdefault(call.job.identity, set()).add(call.node.op)
     for call in found:
         call.tied = len(uses[call.job.identity]) > 1
+    taken = [c for c in found if not c.is_gather or c.tied or c.job.scheme.bits not in leave_tables]
+    for call in taken:
         detach(call.node)
-    return found, opaque
+    return taken, opaque

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import onnx_graphsurgeon as gs
 
+from onnxslim_llm.concepts.block_weights import Accuracy
 from onnxslim_llm.concepts.concept import calls, drop_unused_functions, inline_call, replace_nodes
 from onnxslim_llm.errors import CompilerBug, UsageError
 from onnxslim_llm.ir.model import Model
@@ -21,6 +22,8 @@ __all__ = ["LowerOrtCpu"]
 _DOMAIN = "com.microsoft"
 _VERSION = 1
 _BITS = (2, 4, 8)
+#: For products that came in with a precision of their own.
+_LEVELS: dict[Accuracy | None, int] = {"exact": 1, "bf16": 1, "int8": 4}
 #: 2-bit kernels exist for these blocks only; any other one is dequantized as a whole in every run.
 _FAST_2_BIT_BLOCKS = (32, 64, 128)
 
@@ -115,5 +118,5 @@ class LowerOrtCpu(Pass):
             N=job.columns,
             bits=bits,
             block_size=block,
-            accuracy_level=self.accuracy_level,
+            accuracy_level=_LEVELS.get(job.accuracy, self.accuracy_level),
         )
