@@ -58,9 +58,7 @@ def arrange(source: View, wanted: View) -> Arrangement | None:
             found.steps.append(("Reshape", target))
             return found
         if [x for x in before if x] == [x for x in after if x]:
-            for operator, layout in (("Squeeze", before), ("Unsqueeze", after)):
-                ones = [place for place, axis in enumerate(layout) if not axis]
-                found.steps += [(operator, ones)] if ones else []
+            found.steps += _ones(before, after)
             return found
     pieces = _cut(before, after)
     split = [[piece] for axis in pieces for piece in axis]
@@ -77,6 +75,22 @@ def arrange(source: View, wanted: View) -> Arrangement | None:
             return None
         found.steps.append(("Reshape", target))
     return found
+
+
+def _ones(before: list[list[int]], after: list[list[int]]) -> list[tuple[str, list[int]]]:
+    """Return the steps that take away and put in axes of size 1."""
+    gone: list[int] = []
+    new: list[int] = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        old_one, new_one = i < len(before) and not before[i], j < len(after) and not after[j]
+        if old_one and not new_one:
+            gone.append(i)
+        elif new_one and not old_one:
+            new.append(j)
+        i += old_one or not new_one
+        j += new_one or not old_one
+    return [(operator, axes) for operator, axes in (("Squeeze", gone), ("Unsqueeze", new)) if axes]
 
 
 def _cut(before: list[list[int]], after: list[list[int]]) -> _Layout:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx_graphsurgeon as gs
 
 from onnxslim_llm.ir.shapes import SymbolicValues
+from onnxslim_llm.ir.shapes.symbolic import is_named
 from onnxslim_llm.passes.fuse.arrange import Arrangement, arrange
 from onnxslim_llm.passes.fuse.attention_operands import Axes
 from onnxslim_llm.passes.fuse.attention_products import NotAttentionError, Product
@@ -45,6 +46,11 @@ class Results:
     tensors: list[gs.Variable]
     views: list[View]
     axes: Axes
+
+    def shape(self, heads_major: bool) -> list[int | str | None]:
+        """Return what the attention puts out, as it is annotated."""
+        dims = [size_of(axis) for axis in self.axes.layout(heads_major)]
+        return [dim if isinstance(dim, int) else str(dim) if is_named(dim) else None for dim in dims]
 
     def best(self, heads_major: bool) -> Result | None:
         """Return the cheapest one for a layout."""

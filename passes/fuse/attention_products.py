@@ -20,7 +20,10 @@ class NotAttentionError(Exception):
 
     def __init__(self, reason: str, culprit: gs.Node | gs.Tensor) -> None:
         super().__init__(reason)
-        self.refusal = Refusal(reason, culprit.name)
+        name = culprit.name
+        if isinstance(culprit, gs.Node) and not name:
+            name = next((tensor.name for tensor in culprit.outputs), culprit.op)
+        self.refusal = Refusal(reason, name)
 
 
 def reason_of(error: NotAttentionError) -> str:

@@ -53,6 +53,7 @@ class Site:
         q, k, v: The operands in that layout; with caches, `k` and `v` are what is appended.
         caches: Key cache and value cache, or None.
         result: The tensor that is taken over.
+        shape: Of what the attention puts out.
         lifted: How the operand of each mask is brought to four axes.
         float_softmax: The Softmax computes in float32 between 16-bit floats.
         dtype: Element type of the operands.
@@ -69,6 +70,7 @@ class Site:
     v: Operand
     caches: tuple[Cache, Cache] | None
     result: Result
+    shape: list[int | str | None]
     lifted: list[Arrangement]
     float_softmax: bool
     dtype: np.dtype[Any]
@@ -126,6 +128,7 @@ def read_site(softmax: gs.Node, around: Surroundings) -> Site:
         v,
         caches,
         result,
+        results.shape(major),
         lifted,
         widened is not None,
         np.dtype(dtype),

@@ -282,8 +282,10 @@ def scaling(node: gs.Node) -> tuple[gs.Node, gs.Tensor, float] | None:
     for place in (1, 0) if node.op == "Mul" else (1,):
         value = constant_value(node.inputs[place], limit=1)
         other = node.inputs[1 - place]
-        if value is None or value.dtype.kind != "f" or other.shape is None or value.ndim > len(other.shape):
+        if value is None or value.dtype.kind != "f":
             continue
+        if value.ndim and (other.shape is None or value.ndim > len(other.shape)):
+            continue  # it would add axes
         factor = float(value.reshape(-1)[0])
         if node.op == "Div":
             factor = 1.0 / factor if factor else 0.0

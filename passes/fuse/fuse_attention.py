@@ -163,6 +163,7 @@ class _Work:
         inputs += [bias] if bias is not None else []
         name = self._model.fresh_name(f"{hint}/Attention")
         made = [gs.Variable(self._model.fresh_name(f"{name}_output_{i}"), site.dtype) for i in range(len(form.outputs))]
+        made[0].shape, made[0].inferred = site.shape, True
         node = call_attention(
             self._model,
             name,

@@ -1,0 +1,89 @@
+"""Masks of all kinds are carried as one tensor that is added."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from attention_models import BATCH, SIZE, Array, attention, calls, feeds_of, form_of, fuse_parts
+from fusion_checks import Fused, fuse
+
+from onnxslim_llm.rewrite.pipeline import Pipeline
+
+BOOLEAN = "float[B, S, 32] q, float[B, S, 32] k, float[B, S, 32] v, bool[B, 1, S, S] seen"
+
+MASKS = {
+    "added twice": (
+        "float[B, 1, S, S] mask",
+        "once = Add (scaled, mask)\nscores = Add (once, mask)",
+    ),
+    "two": (
+        "float[B, 1, S, S] mask, float[1, 4, S, S] bias",
+        "once = Add (bias, scaled)\nscores = Add (once, mask)",
+    ),
+    "kept": ("bool[B, 1, S, S] seen", "scores = Where (seen, scaled, lowest)"),
+    "dropped": ("bool[B, 1, S, S] seen", "gone = Not (seen)\nscores = Where (gone, minus_inf, scaled)"),
+    "kept, then added": (
+        "bool[1, 1, S, S] seen, float[B, 1, 1, S] mask",
+        "kept = Where (seen, scaled, lowest)\nscores = Add (kept, mask)",
+    ),
+    "added, then kept": (
+        "bool[1, 1, S, S] seen, float[B, 1, 1, S] mask",
+        "sum = Add (mask, scaled)\nscores = Where (seen, sum, lowest)",
+    ),
+    "kept twice": (
+        "bool[1, 1, S, S] seen, bool[B, 1, 1, S] padding",
+        "once = Where (seen, scaled, lowest)\nscores = Where (padding, once, lowest)",
+    ),
+    "bounded": ("float[B, 1, S, S] mask", "sum = Add (scaled, mask)\nscores = Max (sum, lowest)"),
+    "bounded before": ("float[B, 1, S, S] mask", "low = Max (lowest, scaled)\nscores = Add (low, mask)"),
+}
+
+
+def fuse_mask(name: str, feeds: dict[str, Array] | None = None) -> Fused:
+    inputs, scores = MASKS[name]
+    return fuse_parts(
+        feeds,
+        inputs=f"float[B, S, 32] q, float[B, S, 32] k, float[B, S, 32] v, {inputs}",
+        scores=f"scaled = Mul (products, scale)\n{scores}",
+    )
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks(name: str) -> None:
+    fused = fuse_mask(name)
+    assert form_of(fused).bias
+    assert calls(fused)[0].attrs["scale"] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("name", ["kept", "dropped", "kept, then added", "kept twice"])
+def test_queries_that_see_nothing(name: str) -> None:
+    seen = np.tril(np.ones((1, 1, SIZE, SIZE), bool))
+    seen[..., 0, :] = False
+    if "bool[B, 1, S, S]" in MASKS[name][0]:
+        seen = np.repeat(seen, BATCH, 0)
+    assert form_of(fuse_mask(name, {"seen": seen})).bias
+
+
+def test_a_finite_number_that_hides() -> None:
+    fused = fuse_parts(
+        {"seen": np.tril(np.ones((BATCH, 1, SIZE, SIZE), bool))},
+        constants={"low": np.array(-1e9, np.float32)},
+        inputs=BOOLEAN,
+        scores="scaled = Mul (products, scale)\nscores = Where (seen, scaled, low)",
+    )
+    assert form_of(fused).bias
+
+
+def test_a_mask_that_layers_share_is_made_once() -> None:
+    layer = attention(inputs=BOOLEAN, scores="scaled = Mul (products, scale)\nscores = Where (seen, scaled, lowest)")
+    second = [onnx.NodeProto.FromString(node.SerializeToString()) for node in layer.graph.node]
+    renamed = {name: f"{name}_2" for node in second for name in node.output} | {"q": "y"}
+    for node in second:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed[name] for name in node.output]
+    layer.graph.node.extend(second)
+    layer.graph.output[0].name = "y_2"
+    fused = fuse("cleanup, fuse_attention", layer, feeds_of(layer))
+    Pipeline("cleanup").run(fused.model)
+    assert [node.op for node in fused.model.graph.nodes] == ["Where", "Attention_Bias", "Attention_Bias"]
