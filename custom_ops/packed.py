@@ -267,7 +267,7 @@ def parse(packed: Array) -> PackedScheme:
     if found["magic"] != MAGIC:
         raise ValueError("these bytes are not a packed weight")
     if found["version"] != VERSION:
-        raise ValueError(f"the packed weight has version {header['version']}, this library reads {VERSION}")
+        raise ValueError(f"the packed weight has version {found['version']}, this library reads {VERSION}")
     if found["scale_type"] >= len(_SCALE_DTYPES):
         raise ValueError("the packed weight has an unknown type of scales")
     scheme = PackedScheme(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
@@ -93,6 +93,6 @@ def _packed(constants: Constants, call: BlockCall) -> gs.Constant:
     return constants.shared(call, 0, weight)
 
 
-def _attributes(call: BlockCall) -> dict[str, int]:
+def _attributes(call: BlockCall) -> dict[str, Any]:
     job = call.job
     return {"K": job.rows, "N": job.columns, "bits": job.scheme.bits, "block_size": call.stored_block("nbits")}

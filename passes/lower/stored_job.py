@@ -102,7 +102,7 @@ class StoredJob(BlockJob):
         parts = [found.codes, found.scales] + ([] if found.zero_points is None else [found.zero_points])
         if self.layout == "nbits":
             return parts
-        held = TileBuffers(self._spec, Layout.NBITS, self.rows, columns, *parts[:2], found.zero_points)
+        held = TileBuffers(self._spec, Layout.NBITS, self.rows, columns, found.codes, found.scales, found.zero_points)
         codes, scales, zeros = unpack(held)
         block, blocks = self.scheme.block, scales.shape[0]
         whole = np.zeros((blocks * block, columns), np.uint8)

@@ -133,7 +133,8 @@ def _gather_block_quantized(node: gs.Node) -> StoredNode:
     ):
         raise _CannotError("it looks up along another axis than the first one of a table")
     n, width = codes.shape
-    rows, absorbed = width * 8 // bits, ()
+    rows = width * 8 // bits
+    absorbed: tuple[gs.Node, ...] = ()
     cut = _cut_to(node, rows, block)
     if cut is not None:
         rows, absorbed = cut[0], (cut[1],)

@@ -20,7 +20,7 @@ __all__ = ["Columns", "NBitsSource", "PackedSource", "StoredSource"]
 
 Array = NDArray[Any]
 
-_SCALE_TYPES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
+_SCALE_TYPES: dict[int, Any] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,7 @@ class NBitsSource(StoredSource):
         if scales.onnx_dtype not in _SCALE_TYPES:
             raise ValueError(f"its scales are of type {scales.dtype}")
         self.rows, self.columns = rows, columns
-        scale_type: Any = _SCALE_TYPES[scales.onnx_dtype]
-        self.scheme = WeightScheme(bits, block, zero_points is None, "rtn", scale_type)
+        self.scheme = WeightScheme(bits, block, zero_points is None, "rtn", _SCALE_TYPES[scales.onnx_dtype])
         self.shapes = ((columns, blocks, block * bits // 8), (columns, blocks), (columns, -(-blocks * bits // 8)))
         # One shape for one content, so that a table and a classifier with the same bytes are seen to share them.
         kinds = (TensorProto.UINT8, scales.onnx_dtype, TensorProto.UINT8)
