@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxslim_llm.ir.shapes import SymbolicValues
-from onnxslim_llm.ir.shapes.dims import Dim
+from onnxslim_llm.ir.shapes.dims import Dim, Expr, symbol
 from onnxslim_llm.rewrite.edit import Builder
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class InputSizes:
         return self._op.nodes
 
     def of(self, dim: Dim | None) -> gs.Tensor | None:
-        """Return a tensor [1] with a size, or None if no graph input has an axis of exactly this size."""
+        """Return a tensor [1] with a size, or None if the inputs do not have it, nor the parts that it is a sum of."""
         if dim is None or dim in self._made:
             return None if dim is None else self._made[dim]
         if isinstance(dim, int):
@@ -54,7 +54,20 @@ class InputSizes:
                 if size == dim:
                     self._made[dim] = self.read(self._op, tensor, axis)
                     return self._made[dim]
-        return None
+        return self._sum(dim)
+
+    def _sum(self, dim: Expr) -> gs.Tensor | None:
+        parts = [self.of(symbol(names[0])) for names, factor in dim.terms if len(names) == 1 and factor == 1]
+        parts += [self.of(factor) for names, factor in dim.terms if not names]
+        known = [part for part in parts if part is not None]
+        if len(known) != len(dim.terms) or len(known) < 2:
+            return None
+        total = known[0]
+        for part in known[1:]:
+            total = self._op.Add(total, part)
+            total.dtype, total.shape = np.dtype(np.int64), [1]
+        self._made[dim] = total
+        return total
 
     @staticmethod
     def read(op: Builder, tensor: gs.Tensor, axis: int) -> gs.Variable:
