@@ -70,27 +70,25 @@ static inline BlockAffine block_affine(const PackedWeight& w, const uint8_t* chu
     return {scale, _mm512_mul_ps(scale, _mm512_sub_ps(_mm512_setzero_ps(), (__m512)block_zeros(w, chunk, block, 0)))};
 }
 
-// Half `half` of a chunk as a B tile: row p holds the rows 2 p and 2 p + 1 of K for each of the 16 columns.
-static inline void decode_tile_4bit(const PackedWeight& w, const uint8_t* chunk, int32_t half, uint8_t* tile) {
+// Quarter `j` of half `half` of a chunk: 4 rows of a B tile, whose row p holds the rows 2 p and 2 p + 1 of K for each of
+// the 16 columns.
+static inline void decode_quarter_4bit(const PackedWeight& w, const uint8_t* chunk, int32_t half, int32_t j,
+                                       uint8_t* tile) {
     const __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    BlockAffine affine[2];
-    affine[0] = block_affine(w, chunk, (half * kDotRows) >> w.block_shift);
-    affine[1] = w.scheme.block < kDotRows ? block_affine(w, chunk, half * 2 + 1) : affine[0];
-#pragma GCC unroll 4
-    for (int32_t j = 0; j < 4; j++) {
-        const __m512i v = _mm512_loadu_si512(chunk + half * 256 + j * 64);
-#define OSL_WEIGHT(shift, part)                                                                                 \
-    _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(v, shift), codes), affine[part].scale, affine[part].offset)
-        _mm512_store_si512(tile + (2 * j) * 64, bf16_pairs(OSL_WEIGHT(0, 0), OSL_WEIGHT(8, 0)));
-        _mm512_store_si512(tile + (2 * j + 1) * 64, bf16_pairs(OSL_WEIGHT(16, 0), OSL_WEIGHT(24, 0)));
-        _mm512_store_si512(tile + (8 + 2 * j) * 64, bf16_pairs(OSL_WEIGHT(4, 1), OSL_WEIGHT(12, 1)));
-        _mm512_store_si512(tile + (8 + 2 * j + 1) * 64, bf16_pairs(OSL_WEIGHT(20, 1), OSL_WEIGHT(28, 1)));
+    const BlockAffine low = block_affine(w, chunk, (half * kDotRows) >> w.block_shift);
+    const BlockAffine high = w.scheme.block < kDotRows ? block_affine(w, chunk, half * 2 + 1) : low;
+    const __m512i v = _mm512_loadu_si512(chunk + half * 256 + j * 64);
+    _mm_prefetch((const char*)chunk + half * 256 + j * 64 + kPrefetchBytes, _MM_HINT_T0);
+#define OSL_WEIGHT(shift, affine) \
+    _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(v, shift), codes), affine.scale, affine.offset)
+    _mm512_store_si512(tile + (2 * j) * 64, bf16_pairs(OSL_WEIGHT(0, low), OSL_WEIGHT(8, low)));
+    _mm512_store_si512(tile + (2 * j + 1) * 64, bf16_pairs(OSL_WEIGHT(16, low), OSL_WEIGHT(24, low)));
+    _mm512_store_si512(tile + (8 + 2 * j) * 64, bf16_pairs(OSL_WEIGHT(4, high), OSL_WEIGHT(12, high)));
+    _mm512_store_si512(tile + (8 + 2 * j + 1) * 64, bf16_pairs(OSL_WEIGHT(20, high), OSL_WEIGHT(28, high)));
 #undef OSL_WEIGHT
-    }
 }
 
-static inline void decode_tile(const PackedWeight& w, const uint8_t* chunk, int32_t half, uint8_t* tile) {
-    if (w.scheme.bits == 4) return decode_tile_4bit(w, chunk, half, tile);
+static inline void decode_tile_any(const PackedWeight& w, const uint8_t* chunk, int32_t half, uint8_t* tile) {
     alignas(64) float weights[kDotRows * kStripColumns];
     decode_half_any(w, chunk, half, weights);
     for (int32_t k = 0; k < kDotRows; k += 2)
@@ -98,27 +96,59 @@ static inline void decode_tile(const PackedWeight& w, const uint8_t* chunk, int3
                                                          _mm512_load_ps(weights + (k + 1) * kStripColumns)));
 }
 
-// `tiles` tiles of K from row k of one strip, each `stride` bytes after the other.
-static inline void decode_panel(const PackedWeight& w, int64_t strip, int64_t k, int64_t tiles, int32_t stride,
-                                uint8_t* panel) {
-    const uint8_t* chunk = w.strips + strip * w.strip_bytes + k / w.chunk_rows * w.chunk_bytes;
-    const int32_t halves = w.chunk_rows / kDotRows;
-    int32_t half = (int32_t)(k % w.chunk_rows) / kDotRows;
-    for (int64_t i = 0; i < tiles; i++, panel += stride) {
-        for (int32_t line = 0; line < 320; line += 64)
-            _mm_prefetch((const char*)chunk + 4096 + half * 320 + line, _MM_HINT_T0);
-        decode_tile(w, chunk, half, panel);
-        if (++half == halves) {
-            half = 0;
-            chunk += w.chunk_bytes;
-        }
+// Dequantizes a panel in small steps, which are put between tile products: those leave the vector units idle.
+// A panel has the tiles [k][strip] of one or two strips.
+class PanelDecoder {
+public:
+    explicit PanelDecoder(const PackedWeight& w) : w_(w), halves_(w.chunk_rows / kDotRows) {}
+
+    void begin(int64_t strip, int64_t strips, int64_t k, int64_t k_tiles, uint8_t* panel) {
+        half_ = (int32_t)(k % w_.chunk_rows) / kDotRows;
+        chunk_ = w_.strips + strip * w_.strip_bytes + k / w_.chunk_rows * w_.chunk_bytes;
+        strips_ = strips;
+        strip_ = 0;
+        quarter_ = 0;
+        tile_ = panel;
+        left_ = strips * k_tiles * 4;
     }
-}
+
+    int64_t left() const { return left_; }
+
+    void step() {
+        if (left_ == 0) return;
+        left_--;
+        const uint8_t* chunk = chunk_ + strip_ * w_.strip_bytes;
+        if (w_.scheme.bits == 4)
+            decode_quarter_4bit(w_, chunk, half_, quarter_, tile_);
+        else if (quarter_ == 0)
+            decode_tile_any(w_, chunk, half_, tile_);
+        if (++quarter_ < 4) return;
+        quarter_ = 0;
+        tile_ += kTileBytes;
+        if (++strip_ < strips_) return;
+        strip_ = 0;
+        if (++half_ < halves_) return;
+        half_ = 0;
+        chunk_ += w_.chunk_bytes;
+    }
+
+    void finish() {
+        while (left_ > 0) step();
+    }
+
+private:
+    const PackedWeight& w_;
+    const int32_t halves_;
+    const uint8_t* chunk_ = nullptr;
+    uint8_t* tile_ = nullptr;
+    int64_t strip_ = 0, strips_ = 0, left_ = 0;
+    int32_t half_ = 0, quarter_ = 0;
+};
 
 // sums (kM x kN tiles) [+]= activations (kM tiles of rows, `row_step` bytes apart) * panel ([k][kN] tiles).
 template <int32_t kM, int32_t kN>
 static inline void multiply_tiles(const uint8_t* a, int64_t row_step, const uint8_t* panel, int64_t k_tiles,
-                                  bool accumulate, float* sums) {
+                                  bool accumulate, float* sums, PanelDecoder& next, int64_t steps) {
     if (accumulate) {
         _tile_loadd(0, sums, 64);
         if (kN == 2) _tile_loadd(1, sums + kTileFloats, 64);
@@ -143,6 +173,7 @@ static inline void multiply_tiles(const uint8_t* a, int64_t row_step, const uint
             _tile_dpbf16ps(2, 5, 6);
             if (kN == 2) _tile_dpbf16ps(3, 5, 7);
         }
+        for (int64_t i = 0; i < steps; i++) next.step();
     }
     _tile_stored(0, sums, 64);
     if (kN == 2) _tile_stored(1, sums + kTileFloats, 64);
@@ -150,15 +181,36 @@ static inline void multiply_tiles(const uint8_t* a, int64_t row_step, const uint
     if (kM == 2 && kN == 2) _tile_stored(3, sums + 3 * kTileFloats, 64);
 }
 
-// All tiles of rows of one block against one panel.
+// All tiles of rows of one block against one panel, while the next panel is dequantized.
 template <int32_t kN>
 static inline void multiply_rows(const uint8_t* a, int64_t row_tiles, int64_t row_step, const uint8_t* panel,
-                                 int64_t k_tiles, bool accumulate, float* sums) {
+                                 int64_t k_tiles, bool accumulate, float* sums, PanelDecoder& next) {
+    const int64_t products = (row_tiles + 1) / 2 * k_tiles, steps = (next.left() + products - 1) / products;
     int64_t i = 0;
     for (; i + 2 <= row_tiles; i += 2)
-        multiply_tiles<2, kN>(a + i * row_step, row_step, panel, k_tiles, accumulate, sums + i * kN * kTileFloats);
+        multiply_tiles<2, kN>(a + i * row_step, row_step, panel, k_tiles, accumulate, sums + i * kN * kTileFloats, next,
+                              steps);
     if (i < row_tiles)
-        multiply_tiles<1, kN>(a + i * row_step, row_step, panel, k_tiles, accumulate, sums + i * kN * kTileFloats);
+        multiply_tiles<1, kN>(a + i * row_step, row_step, panel, k_tiles, accumulate, sums + i * kN * kTileFloats, next,
+                              steps);
+    next.finish();
+}
+
+// The epilogue of strips [first, last) of a block; 16 rows by 16 rows, because rows of y lie in different pages.
+static inline void finish_block(const MatMulProblem& p, const float* low_rank, int64_t first, int64_t last,
+                                int64_t row_tile, int64_t row_tiles, float* sums) {
+    const bool gate = p.activation >= kSiluGate;
+    for (int64_t i = 0; i < row_tiles; i++) {
+        const int64_t row = (row_tile + i) * 16;
+        const int32_t rows = group_rows(p.m, row);
+        float* pair = sums;
+        for (int64_t strip = first; strip < last; strip += 2, pair += row_tiles * 2 * kTileFloats) {
+            const bool wide = strip + 1 < last;
+            float* tiles = pair + i * (wide ? 2 : 1) * kTileFloats;
+            finish_rows(p, low_rank, row, rows, strip, tiles, kTileFloats);
+            if (wide && !gate) finish_rows(p, low_rank, row, rows, strip + 1, tiles + kTileFloats, kTileFloats);
+        }
+    }
 }
 
 // Strips [first, last) for the row tiles [row_tile, row_tile + row_tiles).
@@ -166,35 +218,35 @@ static inline void amx_block(const MatMulProblem& p, const MatMulPlan& plan, con
                              int64_t first, int64_t last, int64_t row_tile, int64_t row_tiles) {
     const PackedWeight& w = p.b;
     const int64_t all_tiles = (p.m + 15) / 16, pair_floats = row_tiles * 2 * kTileFloats;
-    uint8_t* panel = own;
-    float* sums = (float*)(own + 2 * kPanelTiles * kTileBytes);
+    constexpr int64_t kPanelBytes = 2 * kPanelTiles * kTileBytes;
+    uint8_t *panel = own, *next_panel = own + kPanelBytes;
+    float* sums = (float*)(own + 2 * kPanelBytes);
+    const auto tiles_from = [&](int64_t k) {
+        const int64_t left = (w.padded_rows - k) / kTileK;
+        return left < kPanelTiles ? left : kPanelTiles;
+    };
+    PanelDecoder next(w);
+    next.begin(first, last - first > 1 ? 2 : 1, 0, tiles_from(0), panel);
+    next.finish();
     for (int64_t k = 0; k < w.padded_rows; k += kPanelRows) {
-        const int64_t left = (w.padded_rows - k) / kTileK, k_tiles = left < kPanelTiles ? left : kPanelTiles;
+        const int64_t k_tiles = tiles_from(k), row_step = k_tiles * kTileBytes;
         const uint8_t* a = scratch + activation_tile(w, all_tiles, k / kPanelRows, row_tile, 0);
         for (int64_t strip = first; strip < last; strip += 2) {
+            const bool wrap = strip + 2 >= last;
+            const int64_t next_strip = wrap ? first : strip + 2, next_k = wrap ? k + kPanelRows : k;
+            if (next_k < w.padded_rows)
+                next.begin(next_strip, last - next_strip > 1 ? 2 : 1, next_k, tiles_from(next_k), next_panel);
             float* to = sums + (strip - first) / 2 * pair_floats;
-            if (strip + 1 < last) {
-                decode_panel(w, strip, k, k_tiles, 2 * kTileBytes, panel);
-                decode_panel(w, strip + 1, k, k_tiles, 2 * kTileBytes, panel + kTileBytes);
-                multiply_rows<2>(a, row_tiles, k_tiles * kTileBytes, panel, k_tiles, k > 0, to);
-            } else {
-                decode_panel(w, strip, k, k_tiles, kTileBytes, panel);
-                multiply_rows<1>(a, row_tiles, k_tiles * kTileBytes, panel, k_tiles, k > 0, to);
-            }
+            if (strip + 1 < last)
+                multiply_rows<2>(a, row_tiles, row_step, panel, k_tiles, k > 0, to, next);
+            else
+                multiply_rows<1>(a, row_tiles, row_step, panel, k_tiles, k > 0, to, next);
+            uint8_t* const spent = panel;
+            panel = next_panel;
+            next_panel = spent;
         }
     }
-    const float* low_rank = (const float*)(scratch + plan.low_rank_at);
-    const bool gate = p.activation >= kSiluGate;
-    for (int64_t strip = first; strip < last; strip += 2) {
-        float* tiles = sums + (strip - first) / 2 * pair_floats;
-        const int64_t wide = strip + 1 < last ? 2 : 1;
-        for (int64_t i = 0; i < row_tiles; i++, tiles += wide * kTileFloats) {
-            const int64_t row = (row_tile + i) * 16;
-            const int32_t rows = group_rows(p.m, row);
-            finish_rows(p, low_rank, row, rows, strip, tiles, kTileFloats);
-            if (wide == 2 && !gate) finish_rows(p, low_rank, row, rows, strip + 1, tiles + kTileFloats, kTileFloats);
-        }
-    }
+    finish_block(p, (const float*)(scratch + plan.low_rank_at), first, last, row_tile, row_tiles, sums);
 }
 
 static inline void run_bf16(const MatMulProblem& p, const MatMulPlan& plan, const uint8_t* scratch, int64_t first,

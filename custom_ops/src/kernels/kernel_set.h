@@ -15,7 +15,7 @@ enum Method : int32_t { kMethodFloat = 0, kMethodInt8 = 1, kMethodAmxBf16 = 2 };
 
 // Blocking of the AMX kernels; see amx_bf16.h. Measured on Sapphire Rapids (48 KiB and 2 MiB of cache).
 #ifndef OSL_PANEL_ROWS
-#define OSL_PANEL_ROWS 512
+#define OSL_PANEL_ROWS 256
 #define OSL_BLOCK_STRIPS 16
 #define OSL_BLOCK_ROW_TILES 32
 #endif
@@ -23,11 +23,11 @@ constexpr int32_t kPanelRows = OSL_PANEL_ROWS;
 constexpr int64_t kBlockStrips = OSL_BLOCK_STRIPS;
 constexpr int64_t kBlockRowTiles = OSL_BLOCK_ROW_TILES;
 
-// Scratch of one run unit: a panel of two strips, and the sums of a block.
+// Scratch of one run unit: two panels of two strips, and the sums of a block.
 static inline int64_t amx_unit_bytes(int64_t m, int64_t strips) {
     const int64_t row_tiles = (m + 15) / 16, rows = row_tiles < kBlockRowTiles ? row_tiles : kBlockRowTiles;
     const int64_t columns = strips < kBlockStrips ? (strips + 1) / 2 * 2 : kBlockStrips;
-    return (int64_t)kPanelRows * 2 * kStripColumns * 2 + rows * columns * 1024;
+    return (int64_t)kPanelRows * 2 * kStripColumns * 2 * 2 + rows * columns * 1024;
 }
 
 // Rows of K that share a scale in the int8 mode.
