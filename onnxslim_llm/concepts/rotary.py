@@ -28,7 +28,10 @@ _HALF = """
         rotated = Concat <axis = -1> (real, imaginary)"""
 
 _INTERLEAVED = """
-        pair = Constant <value_ints = [0, 0, 0, -1, 2]> ()
+        same = Constant <value_ints = [0, 0, 0]> ()
+        two = Constant <value_ints = [2]> ()
+        count = Div (size_1d, two)
+        pair = Concat <axis = 0> (same, count, two)
         pairs = Reshape (turned, pair)
         even, odd = Split <axis = -1, num_outputs = 2> (pairs)
         last = Constant <value_ints = [-1]> ()
@@ -43,11 +46,12 @@ _INTERLEAVED = """
         real_column = Unsqueeze (real, last)
         imaginary_column = Unsqueeze (imaginary, last)
         columns = Concat <axis = -1> (real_column, imaginary_column)
-        flat = Constant <value_ints = [0, 0, 0, -1]> ()
+        flat = Concat <axis = 0> (same, size_1d)
         rotated = Reshape (columns, flat)"""
 
 
 def _rotary(name: str, rotate: str) -> Concept:
+    # Sizes are computed: Reshape cannot find a size for -1 beside one that is 0 (no token, no batch).
     return Concept(
         name,
         f"""<num_heads, rotary_dim> (X, cosines, sines) => (Y) {{
@@ -56,7 +60,9 @@ def _rotary(name: str, rotate: str) -> Concept:
         heads_1d = Unsqueeze (heads, zero)
         keep = Constant <value_ints = [0, 0]> ()
         rest = Constant <value_ints = [-1]> ()
-        split = Concat <axis = 0> (keep, heads_1d, rest)
+        width = Shape <start = 2> (X)
+        head_size = Div (width, heads_1d)
+        split = Concat <axis = 0> (keep, heads_1d, head_size)
         by_head = Reshape (X, split)
         size = Constant <value_int: int = @rotary_dim> ()
         size_1d = Unsqueeze (size, zero)

@@ -27,6 +27,8 @@ ROOTS = frozenset(["Add", "Sub", "Sum", "Concat", "Reshape"])
 MAX_WIDTH = 1024
 _SUMS = ("Add", "Sub", "Sum")
 _TERMS = 2
+#: Nodes that are looked at behind a factor to find angles.
+_NODES_SEEN = 64
 
 
 class Column(NamedTuple):
@@ -185,8 +187,16 @@ class _Search:
             ways = [*self.elements.way(product.left), *self.elements.way(product.right)]
             seen.append({id(element.tensor): element for element in ways})
         both = [element for key, element in reversed(seen[0].items()) if key in seen[1]]
-        exact = [e for e in both if self._width(e) == self.width]
-        yield from (e.tensor for e in (*exact, *(e for e in both if self._width(e) != self.width)))
+        # A product of complex numbers could be read either way: what is made of angles is no head.
+        ranked = sorted(both, key=lambda e: (_is_made_of_angles(e.tensor), self._width(e) != self.width))
+        yield from (element.tensor for element in ranked if self._has_all_columns(element))
+
+    def _has_all_columns(self, element: Element) -> bool:
+        """Return whether the element is not repeated along an axis of the result."""
+        shape, whole = self.elements.shape(element.tensor), self.elements.shape(self.output)
+        fixed = {axis for axis, _ in element.picks}
+        free = [dim for axis, dim in enumerate(shape or ()) if axis not in fixed]
+        return whole is not None and all(a == b or a != 1 for a, b in zip(free, whole[:-1], strict=False))
 
     def _width(self, element: Element) -> int | None:
         sizes = [self.elements.size(element.tensor, axis) for axis, _ in element.picks]
@@ -303,6 +313,18 @@ class _Search:
     def _trailing(self, x: gs.Tensor) -> int:
         shape = self.elements.shape(x)
         return 0 if shape is None else len(shape) - self.rank + 1
+
+
+def _is_made_of_angles(tensor: gs.Tensor) -> bool:
+    """Return whether a cosine or sine lies nearer behind the tensor than any product of matrices."""
+    waiting, seen = [tensor], 0
+    while waiting and seen < _NODES_SEEN:
+        node, seen = producer(waiting.pop()), seen + 1
+        if node is not None and node.op in ("Cos", "Sin"):
+            return True
+        if node is not None and node.op not in ("MatMul", "Gemm"):
+            waiting += node.inputs
+    return False
 
 
 def is_constant_small(tensor: gs.Tensor) -> bool:

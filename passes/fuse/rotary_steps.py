@@ -20,7 +20,7 @@ from onnxslim_llm.ir.shapes.dims import Dim
 from onnxslim_llm.rewrite.constants import constant_value
 from onnxslim_llm.rewrite.schema import normal_domain
 
-__all__ = ["STEPS", "Element", "Picks", "Sizes", "Step", "operand_picks", "producer", "unsqueezed_axes"]
+__all__ = ["STEPS", "Element", "Picks", "Sizes", "Step", "operand_picks", "producer", "slice_bounds", "unsqueezed_axes"]
 
 #: (axis, index) of the fixed axes, in the order of the axes.
 Picks = tuple[tuple[int, int], ...]

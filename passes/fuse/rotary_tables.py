@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.passes.fuse.rotary_elements import Elements
 from onnxslim_llm.passes.fuse.rotary_match import Column, Rotation
-from onnxslim_llm.passes.fuse.rotary_steps import Element, Picks, operand_picks, producer
+from onnxslim_llm.passes.fuse.rotary_steps import Element, Picks, operand_picks, producer, slice_bounds
 from onnxslim_llm.rewrite.constants import constant_tensor
 from onnxslim_llm.rewrite.rule import Refusal
 
@@ -29,6 +29,8 @@ ELEMENTWISE = frozenset(
         *("Mul", "Neg", "Pow", "Reciprocal", "Round", "Sin", "Sqrt", "Sub", "Where"),
     }
 )
+#: Operators that leave column i of the last axis there if its size stays.
+_KEEPS_COLUMNS = frozenset(["Expand", "Reshape", "Squeeze", "Tile", "Transpose", "Unsqueeze"])
 #: Steps of a computation that is compared; exports have some ten.
 MAX_DEPTH = 48
 
@@ -127,10 +129,15 @@ class TableProofs:
         if node.op == "Gather":
             other_axis = int(node.attrs.get("axis", 0)) % len(shape) != last
             return Element(1, source, ((last, index),)) if other_axis else None
-        if node.op == "Unsqueeze":
-            keeps_last = self._elements.size(source, -1) == self._elements.size(tensor, -1) != 1
-            return Element(1, source, ((last, index),)) if keeps_last else None
-        return None
+        size = self._elements.size(source, -1)
+        if size is None or size != self._elements.size(tensor, -1):
+            return None
+        if node.op == "Slice":
+            bounds = slice_bounds(self._elements, node)
+            return Element(1, source, ((last, index),)) if bounds is not None and last not in bounds else None
+        if node.op == "Transpose" and list(node.attrs.get("perm", [0]))[-1] != last:
+            return None
+        return Element(1, source, ((last, index),)) if node.op in _KEEPS_COLUMNS else None
 
     def _constant(self, tensor: gs.Tensor, picks: Picks) -> Hashable | None:
         source = constant_tensor(tensor)
