@@ -138,13 +138,18 @@ class RotaryBuilder:
         free = len(self._elements.shape(rotation.x) or ()) - rotation.trailing
         absent = free - len(_free_dims(self._elements, table))
         heads = tuple(axis - absent for axis in layout.heads if axis >= absent)
-        key = (id(graph), id(table.tensor), table.axis, table.indices, table.constant, table.negative, heads, absent)
+        tokens = (self._elements.shape(rotation.x) or ())[layout.tokens]
+        same = (id(graph), id(table.tensor), table.axis, table.indices, table.constant, table.negative)
+        key = (*same, heads, absent, tokens)
         if key not in self._tables:
             self._alive.append(table.tensor)
             tensor = self._columns(op, graph, table, heads)
             tensor = op.Neg(tensor) if table.negative else tensor
             if absent > 0:  # the batch is missing, and maybe axes of heads
                 tensor = op.Unsqueeze(tensor, [0])
+            if _free_dims(self._elements, table)[layout.tokens - absent] != tokens:  # maybe one row
+                count = op.Shape(rotation.x, start=layout.tokens, end=layout.tokens + 1)
+                tensor = op.Expand(tensor, op.Concat(np.array([1], np.int64), count, np.array([1], np.int64), axis=0))
             self._tables[key] = tensor
         return self._tables[key]
 

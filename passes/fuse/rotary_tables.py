@@ -188,11 +188,12 @@ def _same_angle(cosine: Hashable, sine: Hashable) -> bool:
 
 
 def _contains(expression: Hashable, op: str) -> bool:
-    return isinstance(expression, tuple) and (expression[:1] == (op,) or any(_contains(e, op) for e in expression[1:]))
+    return isinstance(expression, tuple) and (expression[:1] == (op,) or any(_contains(e, op) for e in expression))
 
 
 def _renamed(expression: Hashable, op: str) -> Hashable:
     if not isinstance(expression, tuple):
         return expression
-    head = "angle" if expression[:1] == (op,) else expression[0] if expression else ""
-    return (_renamed(head, op) if isinstance(head, tuple) else head, *(_renamed(e, op) for e in expression[1:]))
+    if expression[:1] == (op,):
+        expression = ("angle", *expression[1:])
+    return tuple(_renamed(part, op) for part in expression)

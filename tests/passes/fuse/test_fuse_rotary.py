@@ -135,6 +135,11 @@ TABLES = {
         "c = Slice (cache_c, i1, i4, i0)  s = Slice (cache_s, i1, i4, i0)",
         {"Unsqueeze": 2},
     ),
+    "one row for all tokens, cut by a slice": (
+        "f1 = Slice (f, i0, i1, i1)  both = Concat <axis = -1> (f1, f1)  c0 = Cos (both)  s0 = Sin (both)  "
+        "c = Unsqueeze (c0, i1)  s = Unsqueeze (s0, i1)",
+        {"Expand": 2},
+    ),
     "sections of several positions": (
         "h = Add (f, g)  b1 = Concat <axis = -1> (f, f)  b2 = Concat <axis = -1> (h, h)  "
         "c1 = Cos (b1)  c2 = Cos (b2)  s1 = Sin (b1)  s2 = Sin (b2)  "
