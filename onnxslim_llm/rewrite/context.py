@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from onnxslim_llm.stats.statistics import Statistics
     from onnxslim_llm.targets.base import Target
 
@@ -20,10 +23,13 @@ class Context:
         target: Where the artifact will run; None while inspecting or testing a single pass.
         seed: Seed for everything random, so that a compile is reproducible.
         statistics: Moments of the inputs of products on calibration data; None where none were collected.
+        cache_ranges: Largest magnitudes [H, D] of what the KV caches hold on sample tokens, by the name of the present
+            output; None where they were not measured.
         notes: One-line remarks for the user; passes append to it.
     """
 
     target: Target | None = None
     seed: int = 0
     statistics: Statistics | None = None
+    cache_ranges: Mapping[str, NDArray[Any]] | None = None
     notes: list[str] = field(default_factory=list)

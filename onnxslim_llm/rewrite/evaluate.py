@@ -53,7 +53,7 @@ class NodeEvaluator:
         self._runner: Any = None
 
     def __call__(self, inputs: Sequence[NDArray[Any] | None]) -> list[NDArray[Any]] | None:
-        """Return the outputs for these inputs (None where one is omitted), or None where the node cannot be computed."""
+        """Return the outputs for these inputs (None where one is omitted), or None where they cannot be computed."""
         node = self._node
         if node.op in _AXES_ATTRIBUTE and "axes" in node.attrs and inputs[0] is not None:
             return [_AXES_ATTRIBUTE[node.op](inputs[0], tuple(node.attrs["axes"]))]

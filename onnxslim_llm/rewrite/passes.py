@@ -83,6 +83,11 @@ class Pass(ABC):
         """Whether `Context.statistics` must be there with these options."""
         return False
 
+    @property
+    def wants_cache_ranges(self) -> bool:
+        """Whether `Context.cache_ranges` must be there with these options."""
+        return False
+
     @abstractmethod
     def apply(self, model: Model, context: Context) -> Change:
         """Change `model` in place and give an account of it."""

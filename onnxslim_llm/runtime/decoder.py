@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from onnxslim_llm.errors import ModelError, UsageError
+from onnxslim_llm.runtime.cache_buffers import CacheBuffers
 from onnxslim_llm.runtime.session import Array, Session
 from onnxslim_llm.runtime.signature import DecoderSignature, Extra
 
@@ -27,12 +28,14 @@ class DecoderState:
     Attributes:
         mask: [B, T] int64, 1 for real tokens and 0 for padding.
         caches: OrtValues by the name of the past input.
+        buffers: instead of `caches`, for a decoder that extends them in place.
         ids: [B, T] token ids, kept only for a model without a cache.
     """
 
     mask: Array
     caches: dict[str, Any] = field(default_factory=dict)
     ids: Array | None = None
+    buffers: CacheBuffers | None = None
 
     @property
     def length(self) -> int:
@@ -106,6 +109,8 @@ class DecoderRunner:
         if not self.signature.caches:
             return self._extend_uncached(ids, state, mask_all)
         past = state.length if state else 0
+        if self.signature.in_place:
+            return self._extend_in_place(ids, state, mask, mask_all)
         feeds = self._feeds(ids, mask_all, past)
         caches = state.caches if state else self._empty_caches(ids.shape[0])
         outputs = [self.signature.logits, *(pair.present for pair in self.signature.caches)]
@@ -113,11 +118,32 @@ class DecoderRunner:
         after = {pair.past: values[pair.present] for pair in self.signature.caches}
         return self._logits(values, ids), DecoderState(mask_all, after)
 
+    def _extend_in_place(
+        self, ids: Array, state: DecoderState | None, mask: Array, mask_all: Array
+    ) -> tuple[Array, DecoderState]:
+        """Run with the cache in buffers; a batch goes token by token once there is a past, see GroupQueryAttention."""
+        batch, new = ids.shape
+        past = state.length if state else 0
+        if past and batch > 1 and new > 1:
+            parts: list[Array] = []
+            for i in range(new):
+                logits, state = self.extend(ids[:, i : i + 1], state, mask[:, i : i + 1])
+                parts.append(logits)
+            assert state is not None
+            return (parts[-1] if self.signature.last_token_only else np.concatenate(parts, axis=1)), state
+        held = state.buffers if state is not None and state.buffers is not None else CacheBuffers()
+        pairs = self.signature.caches
+        buffers = held.room_for(self.session, pairs, batch, past, past + new)
+        bound = {pair.past: (pair.present, buffers.values[pair.past]) for pair in pairs}
+        buffers.filled = past + new
+        values = self.session.run_in_place(self._feeds(ids, mask_all, past), [self.signature.logits], bound)
+        return self._logits(values, ids), DecoderState(mask_all, buffers=buffers)
+
     def feeds(self, ids: Array, mask: Array | None = None) -> dict[str, Any]:
         """Values of all inputs for a first run over `ids` [B, S], for callers that want other outputs."""
         self._check(ids, mask)
         mask = np.ones(ids.shape, np.int64) if mask is None else mask
-        return {**self._feeds(ids, mask, 0), **self._empty_caches(ids.shape[0])}
+        return {**self._feeds(ids, mask, 0), **self._empty_caches(*ids.shape)}
 
     def arrays(self, ids: Array, mask: Array | None = None) -> dict[str, Array]:
         """As `feeds`, as numpy arrays that own their memory."""
@@ -188,11 +214,14 @@ class DecoderRunner:
             )
         return logits
 
-    def _empty_caches(self, batch: int) -> dict[str, Any]:
+    def _empty_caches(self, batch: int, length: int = 0) -> dict[str, Any]:
+        """Caches without tokens; buffers that are extended in place need room for `length` of them."""
         caches = {}
         for pair in self.signature.caches:
             shape = [0 if size is None else size for size in pair.shape]
             shape[pair.batch_axis] = batch
+            if self.signature.in_place:
+                shape[pair.sequence_axis] = length
             caches[pair.past] = self.session.empty(shape, pair.dtype)
         return caches
 

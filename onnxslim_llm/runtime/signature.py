@@ -7,13 +7,14 @@ Known name families: Optimum and onnxruntime-genai (`past_key_values.0.key` -> `
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import onnx
 
 from onnxslim_llm.errors import ModelError
+from onnxslim_llm.ir.metadata import IN_PLACE_CACHE
 from onnxslim_llm.runtime.session import Dim, Session, TensorInfo, inputs_of, outputs_of
 
 __all__ = ["CachePair", "DecoderSignature", "Extra", "cache_slot", "find_decoder"]
@@ -81,6 +82,7 @@ class DecoderSignature:
         caches: past/present pairs, empty for a model that sees the whole text in every run.
         logits: output [B, S, V], or [B, 1, V] / [B, V] of the last token only if `last_token_only`.
         vocab: size of the vocabulary, None if the graph does not say it.
+        in_place: a cache input and the output that continues it are one buffer, longer than what it holds.
         batch, length: fixed batch size or number of tokens of a run, None if free.
     """
 
@@ -96,6 +98,7 @@ class DecoderSignature:
     extras: tuple[Extra, ...] = ()
     vocab: int | None = None
     last_token_only: bool = False
+    in_place: bool = False
     batch: int | None = None
     length: int | None = None
 
@@ -124,9 +127,15 @@ def find_decoder(model: Session | onnx.ModelProto) -> tuple[DecoderSignature | N
     (`DecoderRunner.is_causal`).
     """
     try:
-        return _match(inputs_of(model), outputs_of(model)), ""
+        return replace(_match(inputs_of(model), outputs_of(model)), in_place=IN_PLACE_CACHE in _metadata(model)), ""
     except _RefusalError as refusal:
         return None, str(refusal)
+
+
+def _metadata(model: Session | onnx.ModelProto) -> dict[str, str]:
+    if isinstance(model, Session):
+        return model.metadata()
+    return {entry.key: entry.value for entry in model.metadata_props}
 
 
 def _match(inputs: tuple[TensorInfo, ...], outputs: tuple[TensorInfo, ...]) -> DecoderSignature:

@@ -69,6 +69,21 @@ class InputSizes:
         self._made[dim] = total
         return total
 
+    def difference(self, a: Dim | None, b: Dim | None) -> gs.Tensor | None:
+        """Return a - b, [1]."""
+        left, right = self.of(a), self.of(b)
+        if left is None or right is None:
+            return None
+        made: gs.Variable = self._op.Sub(left, right)
+        made.dtype, made.shape = np.dtype(np.int64), [1]
+        return made
+
+    def concatenated(self, parts: list[gs.Tensor]) -> gs.Tensor:
+        """Return several sizes as one tensor."""
+        made: gs.Variable = self._op.Concat(*parts, axis=0)
+        made.dtype, made.shape = np.dtype(np.int64), [len(parts)]
+        return made
+
     @staticmethod
     def read(op: Builder, tensor: gs.Tensor, axis: int) -> gs.Variable:
         """Return the size of an axis of any tensor, [1]."""
