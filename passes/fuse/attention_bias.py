@@ -59,12 +59,13 @@ def emit_bias(
     bias: gs.Tensor | None = None
     for mask, arrangement in zip(masks, lifted, strict=True):
         operand = arrangement.emit(op, mask.operand) if mask.operand is not None else None
-        # A score is lost in the rounding when it is added to the lowest number: it becomes that number.
-        value = np.array(mask.value if mask.value == -np.inf else np.finfo(dtype).min, dtype)
-        before = np.zeros((), dtype) if bias is None else bias
         if mask.kind == "add":
             bias = operand if bias is None else op.Add(bias, operand)
-        elif mask.kind == "keep":
+            continue
+        # A score is lost in the rounding when it is added to the lowest number: it becomes that number.
+        value = op.constant(np.array(mask.value if mask.value == -np.inf else np.finfo(dtype).min, dtype))
+        before = op.constant(np.zeros((), dtype)) if bias is None else bias
+        if mask.kind == "keep":
             bias = op.Where(operand, before, value)
         elif mask.kind == "drop":
             bias = op.Where(operand, value, before)

@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 
 from onnxslim_llm.ir.shapes import SymbolicValues
 from onnxslim_llm.passes.fuse.attention_products import NotAttentionError, Product, read_product
+from onnxslim_llm.passes.fuse.attention_rows import guard_against_empty_rows, guard_against_nan
 from onnxslim_llm.passes.fuse.axes import View, move
 from onnxslim_llm.rewrite.constants import constant_value
 from onnxslim_llm.rewrite.schema import normal_domain
@@ -25,7 +26,7 @@ class Weights:
     Attributes:
         product: Weights (left) times values (right).
         view: Axes of the weights there, in the atoms given.
-        zero_rows: NaN becomes 0 on the way.
+        zero_rows: Weights of queries that see no key become 0 on the way.
         narrowed: The cast back to 16 bits, if there is one.
         nodes: All nodes on the way, the product last.
     """
@@ -56,7 +57,7 @@ def read_weights(softmax: gs.Node, view: View, values: SymbolicValues, graph_out
         users = users_of(tensor)
         if id(tensor) in graph_outputs:
             raise NotAttentionError("the weights are an output of the graph", tensor)
-        where = _nan_guard(tensor, users)
+        where = guard_against_nan(tensor, users)
         if where is not None:
             nodes += users
             zero_rows, tensor = True, where.outputs[0]
@@ -64,6 +65,11 @@ def read_weights(softmax: gs.Node, view: View, values: SymbolicValues, graph_out
         if len(users) != 1:
             raise NotAttentionError(f"{len(users)} nodes read the weights", tensor)
         node = users[0]
+        guard = guard_against_empty_rows(node, tensor, softmax.inputs[0])
+        if guard is not None:
+            nodes += guard
+            zero_rows, tensor = True, node.outputs[0]
+            continue
         nodes.append(node)
         if normal_domain(node.domain) == "" and node.op in ("MatMul", "Einsum"):
             product = read_product(node, values)
@@ -83,18 +89,6 @@ def read_weights(softmax: gs.Node, view: View, values: SymbolicValues, graph_out
         else:
             raise NotAttentionError(f"{node.op} changes the weights after the Softmax", node)
         tensor = node.outputs[0]
-
-
-def _nan_guard(tensor: gs.Tensor, users: list[gs.Node]) -> gs.Node | None:
-    """Return the node of Where(IsNaN(tensor), 0, tensor) if nothing else reads the tensor."""
-    if sorted(user.op for user in users) != ["IsNaN", "Where"]:
-        return None
-    isnan, where = sorted(users, key=lambda user: str(user.op))
-    zero = constant_value(where.inputs[1], limit=1)
-    alone = len(isnan.outputs[0].outputs) == 1
-    if not alone or where.inputs[0] is not isnan.outputs[0] or where.inputs[2] is not tensor:
-        return None
-    return where if zero is not None and not zero.any() else None
 
 
 def _check_dropout(node: gs.Node) -> None:

@@ -201,17 +201,6 @@ def test_softcap() -> None:
     assert calls(fused)[0].attrs["scale"] == pytest.approx(0.3)
 
 
-def test_rows_that_see_nothing_become_zero() -> None:
-    mask = np.zeros((BATCH, 1, SIZE, SIZE), np.float32)
-    mask[0, :, :2] = -np.inf
-    fused = fuse_parts(
-        {"mask": mask},
-        weights="lost = IsNaN (weights)\nweights_1 = Where (lost, zero, weights)",
-        mix="mixed = MatMul (weights_1, vt)",
-    )
-    assert form_of(fused) == AttentionForm(bias=True, zero_rows=True)
-
-
 def test_softmax_in_float32() -> None:
     half = "float16[B, S, 32] q, float16[B, S, 32] k, float16[B, S, 32] v, float16[B, 1, S, S] mask"
     fused = fuse_parts(

@@ -87,3 +87,61 @@ def test_a_mask_that_layers_share_is_made_once() -> None:
     fused = fuse("cleanup, fuse_attention", layer, feeds_of(layer))
     Pipeline("cleanup").run(fused.model)
     assert [node.op for node in fused.model.graph.nodes] == ["Where", "Attention_Bias", "Attention_Bias"]
+
+
+EMPTY_ROWS = {
+    "any is seen": """
+        hidden = Equal (scores, minus_inf)
+        visible = Not (hidden)
+        numbers = Cast <to = 7> (visible)
+        most = ReduceMax <keepdims = 1> (numbers, last)
+        some = Cast <to = 9> (most)
+        empty = Not (some)
+        kept = Where (empty, zero, weights)
+    """,
+    "all are hidden": """
+        hidden = IsInf <detect_positive = 0> (scores)
+        numbers = Cast <to = 6> (hidden)
+        least = ReduceMin <keepdims = 1> (numbers, last)
+        empty = Cast <to = 9> (least)
+        sizes = Constant <value_ints = [2, 4, 5, 5]> ()
+        zeros = ConstantOfShape (sizes)
+        kept = Where (empty, zeros, weights)
+    """,
+    "NaN": """
+        lost = IsNaN (weights)
+        kept = Where (lost, zero, weights)
+    """,
+}
+NOT_EMPTY_ROWS = {
+    "any is hidden": EMPTY_ROWS["all are hidden"].replace("ReduceMin", "ReduceMax"),
+    "any is seen, not negated": EMPTY_ROWS["any is seen"].replace("empty = Not (some)", "empty = Identity (some)"),
+    "over the queries": EMPTY_ROWS["any is seen"].replace("last)", "before_last)"),
+    "another number": EMPTY_ROWS["any is seen"].replace("zero", "one"),
+    "plus infinity": EMPTY_ROWS["all are hidden"].replace("detect_positive", "detect_negative"),
+}
+
+
+def fuse_rows(text: str) -> Fused:
+    mask = np.zeros((BATCH, 1, SIZE, SIZE), np.float32)
+    mask[0, :, :2] = -np.inf
+    mask[1, :, :, 3] = -np.inf
+    more = {"last": np.array([-1]), "before_last": np.array([-2]), "one": np.array(1, np.float32)}
+    return fuse_parts(
+        {"mask": mask},
+        constants=more,
+        weights=text,
+        mix="mixed = MatMul (kept, vt)",
+    )
+
+
+@pytest.mark.parametrize("name", EMPTY_ROWS)
+def test_rows_that_see_nothing(name: str) -> None:
+    assert form_of(fuse_rows(EMPTY_ROWS[name])).zero_rows
+
+
+@pytest.mark.parametrize("name", NOT_EMPTY_ROWS)
+def test_other_rows_are_replaced(name: str) -> None:
+    fused = fuse_rows(NOT_EMPTY_ROWS[name])
+    assert not fused.sites
+    assert "weights" in fused.reasons
