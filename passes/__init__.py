@@ -18,6 +18,7 @@ from onnxslim_llm.passes.cleanup.raise_ir_version import RaiseIrVersion
 from onnxslim_llm.passes.cleanup.remove_dead_code import RemoveDeadCode
 from onnxslim_llm.passes.cleanup.simplify_algebra import SimplifyAlgebra
 from onnxslim_llm.passes.cleanup.tie_weights import TieWeights
+from onnxslim_llm.passes.fuse.add_kv_cache import AddKvCache
 from onnxslim_llm.passes.fuse.fuse_activations import FuseActivations
 from onnxslim_llm.passes.fuse.fuse_attention import FuseAttention
 from onnxslim_llm.passes.fuse.fuse_layer_norm import FuseLayerNorm
@@ -25,10 +26,13 @@ from onnxslim_llm.passes.fuse.fuse_rms_norm import FuseRmsNorm
 from onnxslim_llm.passes.fuse.fuse_rotary import FuseRotary
 from onnxslim_llm.passes.fuse.pack_projections import PackProjections
 from onnxslim_llm.passes.fuse.simplify_masks import SimplifyMasks
+from onnxslim_llm.passes.lower.convert_opset import ConvertOpset
 from onnxslim_llm.passes.lower.lower_attention import LowerAttention
+from onnxslim_llm.passes.lower.lower_contrib_ops import LowerContribOps
 from onnxslim_llm.passes.lower.lower_ort_cpu import LowerOrtCpu
 from onnxslim_llm.passes.lower.lower_ort_cpu_ops import LowerOrtCpuOps
 from onnxslim_llm.passes.lower.lower_portable import LowerPortable
+from onnxslim_llm.passes.lower.lower_standard_ops import LowerStandardOps
 from onnxslim_llm.passes.lower.raise_block_weights import RaiseBlockWeights
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.rewrite.passes import Pass
@@ -55,10 +59,14 @@ PASSES: tuple[type[Pass], ...] = (
     FuseLayerNorm,
     FuseActivations,
     SimplifyMasks,
+    AddKvCache,
     QuantizeWeights,
     PackProjections,
     RaiseBlockWeights,
+    ConvertOpset,
     LowerAttention,
+    LowerStandardOps,
+    LowerContribOps,
     LowerPortable,
     LowerOrtCpu,
     LowerOrtCpuOps,

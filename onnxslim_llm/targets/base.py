@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnxslim_llm.errors import ResourceError
+from onnxslim_llm.errors import ResourceError, UsageError
 from onnxslim_llm.targets.lint import Violation, lint_model
 
 if TYPE_CHECKING:
@@ -67,6 +67,16 @@ class Target:
         if not there:
             raise ResourceError(what, where=f"target '{self.name}'", todo=f"pip install {self.package}")
         return open_session(path, threads=threads, config=self.session_config)
+
+    def check_opset(self, version: int) -> None:
+        """Check that artifacts may have this version of ai.onnx.
+
+        Raises:
+            UsageError: They may not.
+        """
+        if not self.min_opset <= version <= self.max_opset:
+            what = f"target '{self.name}' takes opsets from {self.min_opset} to {self.max_opset}, not {version}"
+            raise UsageError(what, where="--opset", todo="choose one of these")
 
     def lint(self, model: Model) -> list[Violation]:
         """Return everything in the model that the target does not accept; empty for an artifact."""

@@ -15,7 +15,7 @@ ORT_CPU = Target(
     package="onnxruntime",
     lowering=(
         "raise_block_weights{runtime_operators=false}, "
-        "pack_projections, lower_attention, lower_ort_cpu, deduplicate_initializers"
+        "pack_projections, lower_contrib_ops, lower_attention, cleanup, lower_ort_cpu, deduplicate_initializers"
     ),
     domains=("", "com.microsoft"),
     min_opset=1,

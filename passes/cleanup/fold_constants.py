@@ -12,12 +12,12 @@ from onnx import TensorProto
 
 from onnxslim_llm.ir.shapes import ensure_shapes
 from onnxslim_llm.ir.weights import SparseWeight, Weight, constant, dtypes, weight_of
-from onnxslim_llm.rewrite.evaluate import FOLDABLE, GENERATORS, evaluate
-from onnxslim_llm.passes.cleanup.facts import known_shape
 from onnxslim_llm.passes.cleanup.lazy_fold import lazy_fold
 from onnxslim_llm.rewrite.constants import constant_tensor
 from onnxslim_llm.rewrite.edit import redirect, remove_dead
 from onnxslim_llm.rewrite.engine import graph_output_ids
+from onnxslim_llm.rewrite.evaluate import FOLDABLE, GENERATORS, evaluate
+from onnxslim_llm.rewrite.facts import known_shape
 from onnxslim_llm.rewrite.passes import Change, Pass
 from onnxslim_llm.rewrite.schema import normal_domain
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from onnxslim_llm.passes.cleanup.facts import constant_ints, rank_of, shape_of
+from onnxslim_llm.passes.cleanup.facts import constant_ints, shape_of
 from onnxslim_llm.rewrite.edit import Builder
+from onnxslim_llm.rewrite.facts import rank_of
 from onnxslim_llm.rewrite.matcher import Match
 from onnxslim_llm.rewrite.pattern import PatternBuilder, Wildcard
 from onnxslim_llm.rewrite.rule import Refusal, Rule, algebra

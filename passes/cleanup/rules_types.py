@@ -8,8 +8,9 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from onnxslim_llm.ir.weights import dtypes
-from onnxslim_llm.passes.cleanup.facts import onnx_type, widens
+from onnxslim_llm.passes.cleanup.facts import widens
 from onnxslim_llm.rewrite.edit import Builder
+from onnxslim_llm.rewrite.facts import onnx_type
 from onnxslim_llm.rewrite.matcher import Match
 from onnxslim_llm.rewrite.rule import Refusal, Rule, algebra
 

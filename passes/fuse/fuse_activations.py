@@ -12,11 +12,11 @@ import onnx_graphsurgeon as gs
 from onnxslim_llm.concepts.activation import GELU, GELU_TANH, SWISH
 from onnxslim_llm.concepts.concept import Concept
 from onnxslim_llm.ir.shapes import infer_shapes
-from onnxslim_llm.passes.cleanup.facts import rank_of
 from onnxslim_llm.passes.fuse.opset import any_rule_fits, raise_opset
 from onnxslim_llm.rewrite.constants import constant_value
 from onnxslim_llm.rewrite.edit import Builder
 from onnxslim_llm.rewrite.engine import apply_rules
+from onnxslim_llm.rewrite.facts import rank_of
 from onnxslim_llm.rewrite.matcher import Match
 from onnxslim_llm.rewrite.passes import Change, Pass
 from onnxslim_llm.rewrite.pattern import PatternBuilder, Wildcard

@@ -12,7 +12,6 @@ from onnx import TensorProto
 from onnxslim_llm.concepts.concept import DOMAIN, calls
 from onnxslim_llm.concepts.normalization import RMS_NORM
 from onnxslim_llm.ir.shapes import infer_shapes
-from onnxslim_llm.passes.cleanup.facts import onnx_type, rank_of
 from onnxslim_llm.passes.fuse.norm_rules import (
     check_float32,
     check_narrow,
@@ -27,6 +26,7 @@ from onnxslim_llm.passes.fuse.norm_rules import (
 from onnxslim_llm.passes.fuse.opset import any_rule_fits, raise_opset
 from onnxslim_llm.rewrite.edit import Builder
 from onnxslim_llm.rewrite.engine import apply_rules
+from onnxslim_llm.rewrite.facts import onnx_type, rank_of
 from onnxslim_llm.rewrite.matcher import Match, Matcher
 from onnxslim_llm.rewrite.passes import Change, Pass
 from onnxslim_llm.rewrite.pattern import PatternBuilder, Wildcard

@@ -11,9 +11,9 @@ from onnx import TensorProto
 
 from onnxslim_llm.ir.shapes import shape_of
 from onnxslim_llm.ir.weights import ViewWeight, dtypes, weight_of
-from onnxslim_llm.passes.cleanup.facts import known_shape, onnx_type, rank_of
 from onnxslim_llm.rewrite.constants import constant_tensor
 from onnxslim_llm.rewrite.edit import Builder
+from onnxslim_llm.rewrite.facts import known_shape, onnx_type, rank_of
 from onnxslim_llm.rewrite.matcher import Match
 from onnxslim_llm.rewrite.passes import Change
 from onnxslim_llm.rewrite.pattern import PatternBuilder

@@ -8,16 +8,16 @@ from typing import ClassVar, Literal
 import onnx_graphsurgeon as gs
 
 from onnxslim_llm.concepts.attention import is_attention
-from onnxslim_llm.concepts.concept import drop_unused_functions, follow_opset, replace_nodes
+from onnxslim_llm.concepts.concept import drop_unused_functions, inline_call, replace_nodes
 from onnxslim_llm.ir.model import Model
-from onnxslim_llm.ir.opset import convert_opset
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.topology import sort_nodes
 from onnxslim_llm.passes.lower.attention_call import AttentionCall
 from onnxslim_llm.passes.lower.attention_masks import Masks
 from onnxslim_llm.passes.lower.grouped_attention import CONTRIB_DOMAIN, Lengths, grouped_attention, reason_against
 from onnxslim_llm.passes.lower.input_sizes import InputSizes
-from onnxslim_llm.passes.lower.standard_attention import STANDARD_OPSET, standard_attention
+from onnxslim_llm.passes.lower.raise_opset import raise_opset
+from onnxslim_llm.passes.lower.standard_attention import FIRST_OPSET, STANDARD_OPSET, standard_attention
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.edit import Builder, detach, remove_dead
 from onnxslim_llm.rewrite.engine import graph_output_ids
@@ -30,8 +30,9 @@ __all__ = ["LowerAttention"]
 class LowerAttention(Pass):
     """Turn attentions into ai.onnx Attention, or into ONNX Runtime's GroupQueryAttention.
 
-    The model is converted to opset 24 for ai.onnx Attention. What that operator cannot say itself (sliding windows) is
-    said by its mask, which all layers share.
+    The model is converted for ai.onnx Attention. What that operator cannot say itself (sliding windows) is said by its
+    mask, which all layers share. A query whose keys are all hidden gives zeros, also where the mask consists of finite
+    numbers and would have given a mean of the hidden.
 
     Before:
         Y, PK, PV = onnxslim_llm.Attention_Past_Present_Causal_Grouped <q_num_heads = 4, kv_num_heads = 2,
@@ -43,30 +44,28 @@ class LowerAttention(Pass):
     Skips when:
         - operator is "contrib" and GroupQueryAttention cannot express the attention (not causal, key and value heads of
           different sizes, a cache that is not returned): it becomes ai.onnx Attention
+        - it should become ai.onnx Attention, and the opset is below 23, because `opset` is or because the model cannot
+          be converted: primitive operators take its place
 
     Attributes:
         operator: "standard": ai.onnx Attention, as fast or faster, and without restrictions. "contrib":
             com.microsoft.GroupQueryAttention, which older versions of ONNX Runtime know as well; with a past it runs
             several tokens at once only for a batch of one.
+        opset: Version of ai.onnx that an older model is converted to.
     """
 
     name: ClassVar[str] = "lower_attention"
     group: ClassVar[str] = "lower"
 
     operator: Literal["standard", "contrib"] = "standard"
+    opset: int = STANDARD_OPSET
 
     def apply(self, model: Model, context: Context) -> Change:
-        """Replace all attentions.
-
-        Raises:
-            ModelError: A node cannot be converted to opset 24; it is named.
-        """
+        """Replace all attentions."""
         change = Change()
         if not any(is_attention(node) for graph in model.graphs() for node in graph.nodes):
             return change
-        if (model.opset() or 0) < STANDARD_OPSET:
-            convert_opset(model, STANDARD_OPSET)
-            follow_opset(model)
+        raise_opset(model, self.opset, change)
         values = infer_shapes(model)
         sizes = InputSizes(model, values)
         replaced: dict[int, list[gs.Node]] = {}
@@ -80,6 +79,12 @@ class LowerAttention(Pass):
                 against = "" if self.operator == "standard" else reason_against(call)
                 if against:
                     change.skip(where, f"GroupQueryAttention cannot express it: {against}")
+                if (self.operator == "standard" or against) and (model.opset() or 0) < FIRST_OPSET:
+                    change.skip(where, f"opset {model.opset()} has no Attention: it becomes primitive operators")
+                    replaced[id(node)] = inline_call(model, node)
+                    old.append(node)
+                    change.sites.append(where)
+                    continue
                 if self.operator == "contrib" and not against:
                     results = grouped_attention(op, call, masks, lengths)
                     model.set_opset(CONTRIB_DOMAIN, 1)

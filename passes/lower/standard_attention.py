@@ -11,8 +11,10 @@ from onnxslim_llm.passes.lower.attention_call import AttentionCall
 from onnxslim_llm.passes.lower.attention_masks import Masks
 from onnxslim_llm.rewrite.edit import Builder
 
-__all__ = ["STANDARD_OPSET", "standard_attention"]
+__all__ = ["FIRST_OPSET", "STANDARD_OPSET", "standard_attention"]
 
+#: The first opset with the operator; ONNX Runtime computes the same for it.
+FIRST_OPSET = 23
 #: Version 24 of the operator tells a mask of T columns from a cache that holds more.
 STANDARD_OPSET = 24
 
