@@ -29,6 +29,7 @@ from onnxslim_llm.passes.fuse.simplify_masks import SimplifyMasks
 from onnxslim_llm.passes.lower.convert_opset import ConvertOpset
 from onnxslim_llm.passes.lower.lower_attention import LowerAttention
 from onnxslim_llm.passes.lower.lower_contrib_ops import LowerContribOps
+from onnxslim_llm.passes.lower.lower_kv_cache import LowerKvCache
 from onnxslim_llm.passes.lower.lower_ort_cpu import LowerOrtCpu
 from onnxslim_llm.passes.lower.lower_ort_cpu_ops import LowerOrtCpuOps
 from onnxslim_llm.passes.lower.lower_portable import LowerPortable
@@ -64,6 +65,7 @@ PASSES: tuple[type[Pass], ...] = (
     PackProjections,
     RaiseBlockWeights,
     ConvertOpset,
+    LowerKvCache,
     LowerAttention,
     LowerStandardOps,
     LowerContribOps,
