@@ -175,7 +175,8 @@ def matmul(a: Array, packed: Array, accuracy: Accuracy = Accuracy.EXACT, epilogu
         raise ValueError("a gated activation needs a weight packed in paired halves")
     wide = a.astype(np.float32)
     x: Array = _int8_product(wide, packed) if accuracy is Accuracy.INT8 else _float_product(wide, packed, accuracy)
-    if after == Epilogue():
+    parts = (after.bias, after.residual, after.low_rank_u)
+    if after.activation is Activation.NONE and all(part is None for part in parts):
         return x.astype(a.dtype)
     with np.errstate(all="ignore"):
         x = x.astype(np.float64)

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
 import onnxslim_llm.custom_ops as custom_ops
 from onnxslim_llm.custom_ops import native
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # tests import op_models
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
