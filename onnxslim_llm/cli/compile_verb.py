@@ -20,6 +20,13 @@ __all__ = ["command"]
 @click.option("--recipe", metavar="NAME|FILE.toml", help="What to do; `passes` lists the presets. [default: by model]")
 @click.option("--set", "settings", metavar="PASS.OPTION=VALUE", multiple=True, help="Change an option of the recipe.")
 @click.option("--calib", metavar="FILE|DIR", type=PATH, help="Text or .npz inputs to verify (and calibrate) with.")
+@click.option(
+    "--kv-cache",
+    type=click.Choice(["separate", "shared", "int8"]),
+    default="separate",
+    show_default=True,
+    help="Cache tensors as they are, or one buffer extended in place, or that in int8.",
+)
 @click.option("--jobs", type=click.IntRange(min=1), help="Threads. [default: all usable CPUs]")
 @click.option("--memory-limit", metavar="SIZE", callback=size_option, help="Memory for weights in work, like 800MB.")
 @click.option(
@@ -35,6 +42,7 @@ def command(
     recipe: str | None,
     settings: tuple[str, ...],
     calib: Path | None,
+    kv_cache: Literal["separate", "shared", "int8"],
     jobs: int | None,
     memory_limit: int | None,
     verify: Literal["fast", "full", "off"],
@@ -60,6 +68,7 @@ def command(
                 recipe=recipe,
                 settings=settings,
                 calib=calib,
+                kv_cache=kv_cache,
                 jobs=jobs,
                 memory_limit=memory_limit,
                 verify=verify,

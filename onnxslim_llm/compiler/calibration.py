@@ -8,9 +8,10 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onnxslim_llm.compiler.progress import Progress
 from onnxslim_llm.errors import UsageError
@@ -60,6 +61,7 @@ class Calibrator:
     progress: Progress
     notes: list[str] = field(default_factory=list)
     _statistics: Statistics | None = field(default=None, repr=False)
+    _ranges: dict[str, NDArray[Any]] | None = field(default=None, repr=False)
 
     def statistics(self) -> Statistics | None:
         """Return the statistics; None if there are no data.
@@ -90,6 +92,25 @@ class Calibrator:
         """Return the statistics if one of the passes works from them."""
         return self.statistics() if any(step.wants_statistics for step in passes) else None
 
+    def cache_ranges_wanted_by(self, passes: Iterable[Pass]) -> dict[str, NDArray[Any]] | None:
+        """Return how large the caches' entries become, if one of the passes wants to know.
+
+        Raises:
+            UsageError: The model has no cache that grows.
+            ModelError: It does not run.
+        """
+        if not any(step.wants_cache_ranges for step in passes):
+            return None
+        if self._ranges is None:
+            from onnxslim_llm.compiler.cache_ranges import cache_ranges  # loads the runtime
+
+            files = [] if self.data is None or str(self.data) == SELF else self._files()
+            text = None if not files or any(file.suffix in _ARRAYS for file in files) else self._read(files).tolist()
+            if text is None:
+                self.notes.append("the scales of the int8 KV cache come from random tokens; --calib TEXT is better")
+            self._ranges = cache_ranges(self.source, self.threads, text)
+        return self._ranges
+
     def discard(self) -> None:
         """Remove what was stored: the weights are written."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -105,7 +126,7 @@ class Calibrator:
         if not itself and not self.data.exists():
             todo = "check the path after --calib"
             raise UsageError("there is no such calibration file", where=str(self.data), todo=todo)
-        files = [] if itself else sorted(self.data.iterdir()) if self.data.is_dir() else [self.data]
+        files = [] if itself else self._files()
         if any(file.suffix in _ARRAYS for file in files):
             return TensorCalibration(tuple(case.feeds for case in load_arrays(self.data, session.inputs)))
         if signature is None:
@@ -116,6 +137,10 @@ class Calibrator:
         window = min(WINDOW, signature.length or WINDOW, context or WINDOW)
         tokens = _written_by(runner, window) if itself else self._read(files)
         return TokenCalibration.checked(tokens[:TOKENS], window, runner.vocab, runner.arrays)
+
+    def _files(self) -> list[Path]:
+        assert self.data is not None
+        return sorted(self.data.iterdir()) if self.data.is_dir() else [self.data]
 
     def _read(self, files: list[Path]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         tokenizer = None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from onnxslim_llm import __version__
 from onnxslim_llm.artifact.environment import usable_cpus
@@ -31,6 +31,7 @@ from onnxslim_llm.recipe import Recipe
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.passes import Pass
 from onnxslim_llm.rewrite.pipeline import PassRecord, Pipeline
+from onnxslim_llm.rewrite.registry import make_pass
 from onnxslim_llm.targets import Target, get_target
 
 __all__ = ["MODEL_NAME", "CompileResult", "compile"]
@@ -38,6 +39,8 @@ __all__ = ["MODEL_NAME", "CompileResult", "compile"]
 MODEL_NAME = "model.onnx"
 STATISTICS_NAME = "statistics"  # a folder of the work in progress; never part of an artifact
 VerifyLevel = Literal["fast", "full", "off"]
+KvCache = Literal["separate", "shared", "int8"]
+_CONTRIB_DOMAIN = "com.microsoft"
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ def compile(  # noqa: A001
     calib: str | Path | None = None,
     jobs: int | None = None,
     memory_limit: int | None = None,
+    kv_cache: KvCache = "separate",
     verify: VerifyLevel = "fast",
     resume: bool = False,
     force: bool = False,
@@ -80,6 +84,8 @@ def compile(  # noqa: A001
             passes that work from statistics; "self" lets the model write the text.
         jobs: Threads for weight work and verification; default: all usable CPUs. The artifact does not depend on it.
         memory_limit: Bytes of weights in work at a time.
+        kv_cache: "separate": cache inputs and outputs as in the source. "shared": each pair is one buffer, extended in
+            place. "int8": that, with int8 entries; the loss is what `verify` in the manifest says.
         verify: Compare source and artifact in the target's runtime: a few inputs ("fast"), many, and after every pass
             ("full"), or not at all ("off": then the source's external data are not hashed either).
         resume: Go on from an interrupted compile of the same model and recipe.
@@ -96,6 +102,8 @@ def compile(  # noqa: A001
     start = time.perf_counter()
     progress = progress or Silent()
     _check_level(verify)
+    if kv_cache not in get_args(KvCache):
+        raise UsageError(f"unknown kind of cache '{kv_cache}'", where="--kv-cache", todo="use separate, shared or int8")
     path = resolve_model_path(source)
     folder = Path(source).is_dir()
     goal = get_target(target)
@@ -112,9 +120,11 @@ def compile(  # noqa: A001
             chosen, why = default_recipe(model)
             account.note(why)
         chosen = chosen.with_settings(settings)
+        if kv_cache == "int8" and chosen.gates == "lossless":
+            chosen = replace(chosen, gates="int8")
         account.recipe = chosen
         data = account.source_data
-        staging.begin(compile_identity(path, data, _identity(goal, chosen)), resume=resume)
+        staging.begin(compile_identity(path, data, _identity(goal, chosen, kv_cache)), resume=resume)
         weights = [os.path.relpath(f.resolve(), path.parent.resolve()) for f in data]
         if verify == "off":  # without proof wanted, the weights need not be read once more for their hash
             source_hashes = hasher.submit(path.parent, [path.name], weights)
@@ -125,7 +135,7 @@ def compile(  # noqa: A001
         calibrator = Calibrator(path, given, staging.directory / STATISTICS_NAME, account.threads, progress)
         text = None if str(given) == SELF else given
         judge = Judge(path, goal, chosen, verify, text, account.threads, progress, calibrator)
-        passes = [*chosen.build(), *Pipeline(goal.lowering).passes]
+        passes = [*chosen.build(), *_cache_passes(goal, kv_cache), *Pipeline(goal.lowering).passes]
         job = _Job(passes, goal, staging, account, progress, judge, calibrator, memory_limit)
         verified = job.run(model)
         calibrator.discard()
@@ -176,8 +186,21 @@ def _load_recipe(recipe: str | Path | Recipe | None) -> Recipe | None:
     return recipe if recipe is None or isinstance(recipe, Recipe) else Recipe.load(recipe)
 
 
-def _identity(target: Target, recipe: Recipe) -> dict[str, object]:
-    return {"version": __version__, "target": target.name, "lowering": target.lowering, "recipe": recipe.resolved()}
+def _identity(target: Target, recipe: Recipe, kv_cache: KvCache) -> dict[str, object]:
+    identity = {"version": __version__, "target": target.name, "lowering": target.lowering}
+    return {**identity, "recipe": recipe.resolved(), "kv_cache": kv_cache}
+
+
+def _cache_passes(target: Target, kv_cache: KvCache) -> list[Pass]:
+    """Return the passes that make the KV cache what was asked for; they run before the target's lowering."""
+    if kv_cache == "separate":
+        return []
+    if _CONTRIB_DOMAIN not in target.domains:
+        todo = "use --target ort-cpu, or --kv-cache separate"
+        raise UsageError(
+            f"target '{target.name}' has no operator that extends a cache in place", where="--kv-cache", todo=todo
+        )
+    return [make_pass("lower_kv_cache", {"cache": kv_cache})]
 
 
 def _write_report(manifest: Manifest, directory: Path) -> None:
@@ -238,7 +261,11 @@ class _Job:
 
     def _transform(self, model: Model, rolled_back: dict[str, str]) -> list[PassRecord]:
         active = [p for p in self.passes if p.name not in rolled_back]
-        context = Context(target=self.target, statistics=self.calibrator.wanted_by(active))
+        context = Context(
+            target=self.target,
+            statistics=self.calibrator.wanted_by(active),
+            cache_ranges=self.calibrator.cache_ranges_wanted_by(active),
+        )
         self.progress.stage("passes", len(active), "passes")
         records = Pipeline(active).run(model, context, observer=_Relay(self.progress), gate=self.judge.pass_gate())
         self.account.notes += [n for n in context.notes if n not in self.account.notes]

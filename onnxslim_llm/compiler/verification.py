@@ -143,7 +143,11 @@ class Judge:
         def fails(count: int) -> bool:
             model = open_model(self._source)
             first = passes[:count]
-            context = Context(target=self._target, statistics=self._calibrator.wanted_by(first))
+            context = Context(
+                target=self._target,
+                statistics=self._calibrator.wanted_by(first),
+                cache_ranges=self._calibrator.cache_ranges_wanted_by(first),
+            )
             Pipeline(first).run(model, context)
             try:
                 return not self._check_in_memory(model, self._recipe.gates)
