@@ -1,4 +1,7 @@
-"""Activations that ai.onnx got names for late: Gelu (opset 20) and Swish (opset 24)."""
+"""Activations that ai.onnx got names for late: Gelu (opset 20) and Swish (opset 24).
+
+The spellings of the bodies are ones that ONNX Runtime recognises, for artifacts of older opsets.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,9 @@ SWISH = Concept(
 GELU = Concept(
     "Gelu",
     """(X) => (Y) {
-        root = Constant <value_float = 0.7071067811865476> ()
+        root = Constant <value_float = 1.4142135623730951> ()
         root_like = CastLike (root, X)
-        scaled = Mul (X, root_like)
+        scaled = Div (X, root_like)
         e = Erf (scaled)
         one = Constant <value_float = 1.0> ()
         one_like = CastLike (one, X)
@@ -42,8 +45,8 @@ GELU = Concept(
 GELU_TANH = Concept(
     "GeluTanh",
     """(X) => (Y) {
-        square = Mul (X, X)
-        cube = Mul (square, X)
+        three = Constant <value_float = 3.0> ()
+        cube = Pow (X, three)
         third = Constant <value_float = 0.044715> ()
         third_like = CastLike (third, X)
         bent = Mul (cube, third_like)
@@ -55,10 +58,10 @@ GELU_TANH = Concept(
         one = Constant <value_float = 1.0> ()
         one_like = CastLike (one, X)
         shifted = Add (t, one_like)
-        product = Mul (X, shifted)
         half = Constant <value_float = 0.5> ()
         half_like = CastLike (half, X)
-        Y = Mul (product, half_like)
+        halved = Mul (X, half_like)
+        Y = Mul (halved, shifted)
     }""",
     min_opset=18,
 )
