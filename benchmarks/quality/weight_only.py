@@ -5,6 +5,7 @@ the target's own runtime next to the source, on the same tokens.
 
     python benchmarks/quality/weight_only.py                            # the sample model, the table of settings below
     python benchmarks/quality/weight_only.py --setting "bits=4, block=32" --tokens 20000
+    python benchmarks/quality/weight_only.py --setting "method=calibrated" --calib models/stdlib-llama/calib.txt
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from onnxslim_llm.compiler.calibration import Calibrator
+from onnxslim_llm.compiler.progress import Silent
 from onnxslim_llm.ir.model import open_model
 from onnxslim_llm.ir.save import SaveOptions, save_model
 from onnxslim_llm.rewrite.context import Context
@@ -69,7 +72,9 @@ class Row:
     top1: float
 
 
-def measure(model: Path, text: Path, setting: str, target_name: str, tokens: int | None, threads: int) -> Row:
+def measure(
+    model: Path, text: Path, setting: str, target_name: str, tokens: int | None, threads: int, calibrator: Calibrator
+) -> Row:
     """Compile with one setting and compare with the source."""
     target = get_target(target_name)
     source = open_model(model)
@@ -77,7 +82,8 @@ def measure(model: Path, text: Path, setting: str, target_name: str, tokens: int
     distinct = source.weight_bytes()
     with tempfile.TemporaryDirectory() as folder:
         for steps in (f"quantize_weights{{{setting}}}", target.lowering):
-            Pipeline(steps).run(source, Context(target=target))
+            pipeline = Pipeline(steps)
+            pipeline.run(source, Context(target=target, statistics=calibrator.wanted_by(pipeline.passes)))
         artifact = Path(folder) / "model.onnx"
         size = save_model(source, artifact, SaveOptions(jobs=2)).bytes
         quality = evaluate(
@@ -102,19 +108,22 @@ def main() -> None:
     parser.add_argument("--target", default="portable")
     parser.add_argument("--tokens", type=int, default=None, help="default: the whole text")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--calib", type=Path, default=SAMPLE / "calib.txt", help="for method=calibrated; or: self")
     parser.add_argument("--json", type=Path, default=None, help="append the rows here")
     args = parser.parse_args()
     print(f"{'bytes':>9} {'ratio':>6} {'ppl':>7} {'KL':>8} {'KL p99':>7} {'top-1':>6}  setting ({args.target})")
-    for setting in args.setting or SETTINGS:
-        row = measure(args.model, args.text, setting, args.target, args.tokens, args.threads)
-        print(
-            f"{row.bytes:>9} {row.bytes_ratio:>6.4f} {row.ppl_ratio:>7.4f} {row.kld_mean:>8.5f} {row.kld_p99:>7.4f} "
-            f"{row.top1:>6.4f}  {row.setting}",
-            flush=True,
-        )
-        if args.json is not None:
-            with args.json.open("a") as file:
-                file.write(json.dumps({"target": args.target, **asdict(row)}) + "\n")
+    with tempfile.TemporaryDirectory() as statistics:
+        calibrator = Calibrator(args.model, args.calib, Path(statistics), args.threads, Silent())
+        for setting in args.setting or SETTINGS:
+            row = measure(args.model, args.text, setting, args.target, args.tokens, args.threads, calibrator)
+            print(
+                f"{row.bytes:>9} {row.bytes_ratio:>6.4f} {row.ppl_ratio:>7.4f} {row.kld_mean:>8.5f} "
+                f"{row.kld_p99:>7.4f} {row.top1:>6.4f}  {row.setting}",
+                flush=True,
+            )
+            if args.json is not None:
+                with args.json.open("a") as file:
+                    file.write(json.dumps({"target": args.target, **asdict(row)}) + "\n")
 
 
 if __name__ == "__main__":
