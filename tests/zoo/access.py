@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from zoo.cache import Export, export
 from zoo.families import family
 
-__all__ = ["model_path"]
+__all__ = ["exported", "model_path"]
 
 _NEEDS = {
     "optimum": ("torch", "transformers", "optimum.exporters.onnx"),
@@ -26,14 +27,17 @@ def model_path(name: str, exporter: str, part: str = "model") -> Path:
     Raises:
         AssertionError: the exporter failed; with its message.
     """
-    for module in _NEEDS[exporter]:
-        if not _installed(module):
-            pytest.skip(f"{module} is not installed: pip install 'onnxslim-llm[hf]'")
-    from zoo.cache import export
-
-    made = export(family(name), exporter)
+    made = exported(name, exporter)
     assert not made.failure, f"{exporter} cannot export {name}: {made.failure}"
     return made.path(part)
+
+
+def exported(name: str, exporter: str) -> Export:
+    """What `exporter` makes of family `name`; skips the test without its packages."""
+    for module in _NEEDS[exporter]:
+        if not _installed(module):
+            pytest.skip(f"{module} is not installed: pip install 'onnxslim-llm[hf,genai]'")
+    return export(family(name), exporter)
 
 
 def _installed(module: str) -> bool:

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from zoo import (
@@ -104,7 +104,8 @@ def _root() -> Path:
 
 def _key(family: Family, exporter: str) -> str:
     sources = [inspect.getsource(module) for module in (weights, sample_inputs, inspect.getmodule(EXPORTERS[exporter]))]
-    facts = [asdict(family), {name: _version(name) for name in _PACKAGES}, sources]
+    made_of = [family.name, family.model, family.config, family.kind, family.task]
+    facts = [made_of, {name: _version(name) for name in _PACKAGES}, sources]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
