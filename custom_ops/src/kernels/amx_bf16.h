@@ -53,11 +53,12 @@ static inline void prepare_bf16(const MatMulProblem& p, uint8_t* scratch, int64_
     }
 }
 
-// Two vectors of floats as pairs of bfloat16, halves rounded up.
+// Two vectors of floats as pairs of bfloat16.
 static inline __m512i bf16_pairs(__m512 even, __m512 odd) {
-    const __m512i half = _mm512_set1_epi32(0x8000);
-    const __m512i low = _mm512_srli_epi32(_mm512_add_epi32((__m512i)even, half), 16);
-    return _mm512_mask_blend_epi16(0xAAAAAAAA, low, _mm512_add_epi32((__m512i)odd, half));
+    alignas(64) static constexpr uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                             21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                             11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
 }
 
 struct BlockAffine {
@@ -70,15 +71,12 @@ static inline BlockAffine block_affine(const PackedWeight& w, const uint8_t* chu
     return {scale, _mm512_mul_ps(scale, _mm512_sub_ps(_mm512_setzero_ps(), (__m512)block_zeros(w, chunk, block, 0)))};
 }
 
-// Quarter `j` of half `half` of a chunk: 4 rows of a B tile, whose row p holds the rows 2 p and 2 p + 1 of K for each of
-// the 16 columns.
-static inline void decode_quarter_4bit(const PackedWeight& w, const uint8_t* chunk, int32_t half, int32_t j,
-                                       uint8_t* tile) {
+// Quarter `j` of half `half` of a chunk: 4 rows of a B tile, whose row p holds the rows 2 p and 2 p + 1 of K for each
+// of the 16 columns.
+static inline void decode_quarter_4bit(const uint8_t* chunk, int32_t half, int32_t j, const BlockAffine& low,
+                                       const BlockAffine& high, uint8_t* tile) {
     const __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const BlockAffine low = block_affine(w, chunk, (half * kDotRows) >> w.block_shift);
-    const BlockAffine high = w.scheme.block < kDotRows ? block_affine(w, chunk, half * 2 + 1) : low;
     const __m512i v = _mm512_loadu_si512(chunk + half * 256 + j * 64);
-    _mm_prefetch((const char*)chunk + half * 256 + j * 64 + kPrefetchBytes, _MM_HINT_T0);
 #define OSL_WEIGHT(shift, affine) \
     _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(v, shift), codes), affine.scale, affine.offset)
     _mm512_store_si512(tile + (2 * j) * 64, bf16_pairs(OSL_WEIGHT(0, low), OSL_WEIGHT(8, low)));
@@ -102,7 +100,9 @@ class PanelDecoder {
 public:
     explicit PanelDecoder(const PackedWeight& w) : w_(w), halves_(w.chunk_rows / kDotRows) {}
 
-    void begin(int64_t strip, int64_t strips, int64_t k, int64_t k_tiles, uint8_t* panel) {
+    // `ahead` bytes further on lies what will be decoded a pass over the block later: time enough to fetch it.
+    void begin(int64_t strip, int64_t strips, int64_t k, int64_t k_tiles, int64_t ahead, uint8_t* panel) {
+        ahead_ = ahead;
         half_ = (int32_t)(k % w_.chunk_rows) / kDotRows;
         chunk_ = w_.strips + strip * w_.strip_bytes + k / w_.chunk_rows * w_.chunk_bytes;
         strips_ = strips;
@@ -118,10 +118,19 @@ public:
         if (left_ == 0) return;
         left_--;
         const uint8_t* chunk = chunk_ + strip_ * w_.strip_bytes;
-        if (w_.scheme.bits == 4)
-            decode_quarter_4bit(w_, chunk, half_, quarter_, tile_);
-        else if (quarter_ == 0)
-            decode_tile_any(w_, chunk, half_, tile_);
+        if (w_.scheme.bits != 4) {
+            if (quarter_ == 0) decode_tile_any(w_, chunk, half_, tile_);
+        } else {
+            if (quarter_ == 0) {
+                low_ = block_affine(w_, chunk, (half_ * kDotRows) >> w_.block_shift);
+                high_ = w_.scheme.block < kDotRows ? block_affine(w_, chunk, half_ * 2 + 1) : low_;
+            }
+            decode_quarter_4bit(chunk, half_, quarter_, low_, high_, tile_);
+            // Five lines for the four quarters of a half: its codes, and its share of the scales.
+            const char* line = (const char*)chunk + ahead_ + (half_ * 5 + quarter_) * 64;
+            _mm_prefetch(line, _MM_HINT_T1);
+            if (quarter_ == 3) _mm_prefetch(line + 64, _MM_HINT_T1);
+        }
         if (++quarter_ < 4) return;
         quarter_ = 0;
         tile_ += kTileBytes;
@@ -141,8 +150,9 @@ private:
     const int32_t halves_;
     const uint8_t* chunk_ = nullptr;
     uint8_t* tile_ = nullptr;
-    int64_t strip_ = 0, strips_ = 0, left_ = 0;
+    int64_t strip_ = 0, strips_ = 0, left_ = 0, ahead_ = 0;
     int32_t half_ = 0, quarter_ = 0;
+    BlockAffine low_ = {}, high_ = {};  // of the first and the last 16 rows of the half
 };
 
 // sums (kM x kN tiles) [+]= activations (kM tiles of rows, `row_step` bytes apart) * panel ([k][kN] tiles).
@@ -196,6 +206,15 @@ static inline void multiply_rows(const uint8_t* a, int64_t row_tiles, int64_t ro
     next.finish();
 }
 
+// Brings what the block will write of 16 rows of y into the cache.
+static inline void fetch_results(const MatMulProblem& p, int64_t first, int64_t last, int64_t row) {
+    const int32_t step = p.activation >= kSiluGate ? 2 : 1;
+    for (int64_t r = row; r < row + group_rows(p.m, row); r++)
+        for (int64_t strip = first; strip < last; strip += step)
+            __builtin_prefetch(
+                (const uint8_t*)p.y + (r * p.y_stride + columns_of_strip(p.b, strip).first) * element_bytes(p.type), 1);
+}
+
 // The epilogue of strips [first, last) of a block; 16 rows by 16 rows, because rows of y lie in different pages.
 static inline void finish_block(const MatMulProblem& p, const float* low_rank, int64_t first, int64_t last,
                                 int64_t row_tile, int64_t row_tiles, float* sums) {
@@ -204,6 +223,7 @@ static inline void finish_block(const MatMulProblem& p, const float* low_rank, i
         const int64_t row = (row_tile + i) * 16;
         const int32_t rows = group_rows(p.m, row);
         float* pair = sums;
+        if (i + 1 < row_tiles) fetch_results(p, first, last, row + 16);
         for (int64_t strip = first; strip < last; strip += 2, pair += row_tiles * 2 * kTileFloats) {
             const bool wide = strip + 1 < last;
             float* tiles = pair + i * (wide ? 2 : 1) * kTileFloats;
@@ -225,8 +245,13 @@ static inline void amx_block(const MatMulProblem& p, const MatMulPlan& plan, con
         const int64_t left = (w.padded_rows - k) / kTileK;
         return left < kPanelTiles ? left : kPanelTiles;
     };
+    // From one panel of a strip to the next one, and from its last to the first of the same strip of the next block.
+    const auto ahead_of = [&](int64_t k) {
+        if (k + kPanelRows < w.padded_rows) return (int64_t)(kPanelRows * w.chunk_bytes / w.chunk_rows);
+        return kBlockStrips * w.strip_bytes - k / w.chunk_rows * w.chunk_bytes;
+    };
     PanelDecoder next(w);
-    next.begin(first, last - first > 1 ? 2 : 1, 0, tiles_from(0), panel);
+    next.begin(first, last - first > 1 ? 2 : 1, 0, tiles_from(0), ahead_of(0), panel);
     next.finish();
     for (int64_t k = 0; k < w.padded_rows; k += kPanelRows) {
         const int64_t k_tiles = tiles_from(k), row_step = k_tiles * kTileBytes;
@@ -235,7 +260,8 @@ static inline void amx_block(const MatMulProblem& p, const MatMulPlan& plan, con
             const bool wrap = strip + 2 >= last;
             const int64_t next_strip = wrap ? first : strip + 2, next_k = wrap ? k + kPanelRows : k;
             if (next_k < w.padded_rows)
-                next.begin(next_strip, last - next_strip > 1 ? 2 : 1, next_k, tiles_from(next_k), next_panel);
+                next.begin(next_strip, last - next_strip > 1 ? 2 : 1, next_k, tiles_from(next_k), ahead_of(next_k),
+                           next_panel);
             float* to = sums + (strip - first) / 2 * pair_floats;
             if (strip + 1 < last)
                 multiply_rows<2>(a, row_tiles, row_step, panel, k_tiles, k > 0, to, next);

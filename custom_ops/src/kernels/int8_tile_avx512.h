@@ -39,8 +39,8 @@ static inline void load_codes(const PackedWeight& weight, const uint8_t* chunk, 
     }
 }
 
-// sum(a * code) - zero point * sum(a) over kVectors * 4 rows; `offset` is -sum(a), times the zero point if all share it.
-// A second chain of sums hides latency where too few rows of a are in flight to do that.
+// sum(a * code) - zero point * sum(a) over kVectors * 4 rows; `offset` is -sum(a), times the zero point if all share
+// it. A second chain of sums hides latency where too few rows of a are in flight to do that.
 template <int32_t kVectors, bool kTwoChains, bool kZeroPoints>
 static inline __m512i dot(const __m512i* w, const int8_t* a, int32_t offset, __m512i zeros) {
     __m512i sum[2] = {_mm512_set1_epi32(offset), _mm512_setzero_si512()};
@@ -74,8 +74,8 @@ static inline void add_half(const PackedWeight& w, const uint8_t* chunk, int32_t
         const int64_t at = (k / kDotRows * kParts + part) * a.rows + r;
 #pragma GCC unroll 16
         for (int32_t i = 0; i < kRows; i++) {
-            const __m512i product =
-                dot<8 / kParts, (kRows < 4), kZeroPoints>(codes + part * 4, x + i * kDotRows + part * 16, a.offsets[at + i], zeros);
+            const __m512i product = dot<8 / kParts, (kRows < 4), kZeroPoints>(
+                codes + part * 4, x + i * kDotRows + part * 16, a.offsets[at + i], zeros);
             sums[i] = add_scaled(sums[i], product, scale, a.scales[at + i]);
         }
     }
