@@ -72,7 +72,13 @@ OrtStatus* Kernel::open(const Operator& op) {
     if (gated != (problem.b.order == kPairedHalves)) {
         return node.fail(kInvalidGraph, gated ? "B is not packed for a gate" : "B is packed for a gate");
     }
-    // Wrong combinations are found now, not in the first run.
+    // What is wrong in any case is found now, not in the first run.
+    int64_t k = 0;
+    OSL_RETURN_IF_FAILED(node.last_dimension(kA, &k));
+    if (k >= 0 && k != problem.b.rows) {
+        return node.fail(kInvalidGraph, "the last dimension of A is %lld, not K = %lld", (long long)k,
+                         (long long)problem.b.rows);
+    }
     MatMulProblem trial = problem;
     MatMulPlan plan;
     const float nothing = 0;

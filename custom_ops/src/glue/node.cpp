@@ -53,6 +53,23 @@ OrtStatus* Node::choice(const char* attribute, const char* const* choices, size_
     return fail(kInvalidGraph, "the attribute %s is none of %s", attribute, known);
 }
 
+OrtStatus* Node::last_dimension(size_t input, int64_t* size) const {
+    *size = -1;
+    OrtTypeInfo* type = nullptr;
+    OSL_RETURN_IF_FAILED(KernelInfoGetInputTypeInfo::call(api_, info_, input, &type));
+    const OrtTensorTypeAndShapeInfo* tensor = nullptr;  // part of `type`
+    size_t rank = 0;
+    int64_t dims[kMaxRank];
+    OrtStatus* status = CastTypeInfoToTensorInfo::call(api_, type, &tensor);
+    if (status == nullptr && tensor != nullptr) status = GetDimensionsCount::call(api_, tensor, &rank);
+    if (status == nullptr && rank >= 1 && rank <= kMaxRank) {
+        status = GetDimensions::call(api_, tensor, dims, rank);
+        if (status == nullptr) *size = dims[rank - 1];
+    }
+    ReleaseTypeInfo::call(api_, type);
+    return status;
+}
+
 OrtStatus* Node::constant(size_t input, const char* what, bool shape_in_place, Tensor* tensor) const {
     size_t count = 0;
     OSL_RETURN_IF_FAILED(KernelInfoGetInputCount::call(api_, info_, &count));

@@ -31,6 +31,9 @@ public:
     OrtStatus* choice(const char* attribute, const char* const* choices, size_t count, int32_t fallback,
                       int32_t* place) const;
 
+    // Size of the last dimension of an input where the model says it, otherwise -1.
+    OrtStatus* last_dimension(size_t input, int64_t* size) const;
+
     // A tensor input that is an initializer, known for as long as the session lives.
     OrtStatus* constant(size_t input, const char* what, bool shape_in_place, Tensor* tensor) const;
 

@@ -153,6 +153,8 @@ const char* parse_packed_weight(const void* bytes, size_t size, PackedWeight* we
     if (header.version != kPackedVersion) return "the packed weight has a version that this library does not read";
     if (header.scale_type > kScaleBfloat16) return "the packed weight has an unknown type of scales";
     if (header.zero_points > 1 || header.column_order > kPairedHalves) return "the packed weight has unknown flags";
+    constexpr uint8_t kUnused[sizeof header.reserved] = {};
+    if (memcmp(header.reserved, kUnused, sizeof kUnused) != 0) return "the packed weight has unknown flags";
     const PackedScheme scheme = {header.bits, (int32_t)header.block, (ScaleType)header.scale_type,
                                  header.zero_points == 1};
     const ColumnOrder order = (ColumnOrder)header.column_order;
