@@ -25,7 +25,7 @@ from zoo import (
 )
 from zoo.families import Family
 
-__all__ = ["EXPORTERS", "Export", "export"]
+__all__ = ["EXPORTERS", "Export", "export", "package_versions"]
 
 EXPORTERS: dict[str, Callable[[Family, Path], None]] = {
     "optimum": optimum_exporter.export,
@@ -105,8 +105,13 @@ def _root() -> Path:
 def _key(family: Family, exporter: str) -> str:
     sources = [inspect.getsource(module) for module in (weights, sample_inputs, inspect.getmodule(EXPORTERS[exporter]))]
     made_of = [family.name, family.model, family.config, family.kind, family.task]
-    facts = [made_of, {name: _version(name) for name in _PACKAGES}, sources]
+    facts = [made_of, package_versions(), sources]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of everything that an export depends on, "" for what is not installed."""
+    return {name: _version(name) for name in _PACKAGES}
 
 
 def _version(package: str) -> str:
