@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from attention_models import BATCH, HEADS, PAST, SIZE, WIDTH, attention, calls, feeds_of, form_of, fuse_parts
+from attention_models import BATCH, HEADS, SIZE, WIDTH, attention, calls, feeds_of, form_of, fuse_parts
 from fusion_checks import fuse
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from onnxslim_llm.concepts.attention import AttentionForm
 from onnxslim_llm.passes.fuse.fuse_attention import FuseAttention
@@ -289,92 +291,26 @@ def test_an_old_opset_is_raised_only_if_there_is_something_to_fuse() -> None:
     assert left.model.opset() == 14
 
 
-def test_a_cache_becomes_part_of_the_node() -> None:
-    fused = fuse_parts(**CACHED)
-    (node,) = calls(fused)
-    assert form_of(fused) == AttentionForm(bias=True, past=True, present=True)
-    assert len(fused.model.graph.nodes) == 1
-    assert [tensor.name for tensor in node.outputs] == ["y", "present_key", "present_value"]
-    assert [tensor.name for tensor in node.inputs] == ["q", "k", "v", "past_key", "past_value", "mask"]
-
-
-def test_an_empty_cache() -> None:
-    past = np.zeros((BATCH, HEADS, 0, WIDTH), np.float32)
-    mask = np.zeros((BATCH, 1, SIZE, SIZE), np.float32)
-    fused = fuse_parts({"past_key": past, "past_value": past, "mask": mask}, **CACHED)
-    assert form_of(fused).past
-
-
-CACHED = {
-    "inputs": "float[B, S, 32] q, float[B, S, 32] k, float[B, S, 32] v, float[B, 1, S, T] mask, "
-    "float[B, 4, P, 8] past_key, float[B, 4, P, 8] past_value",
-    "outputs": "float[B, S, 32] y, float[B, 4, T, 8] present_key, float[B, 4, T, 8] present_value",
-    "k": """
-        k4 = Reshape (k, heads)
-        kh = Transpose <perm = [0, 2, 1, 3]> (k4)
-        present_key = Concat <axis = -2> (past_key, kh)
-        kt = Transpose <perm = [0, 1, 3, 2]> (present_key)
-    """,
-    "v": """
-        v4 = Reshape (v, heads)
-        vh = Transpose <perm = [0, 2, 1, 3]> (v4)
-        present_value = Concat <axis = 2> (past_value, vh)
-    """,
-    "mix": "mixed = MatMul (weights, present_value)",
-}
-
-
-@pytest.mark.parametrize("where", ["k", "v"])
-def test_a_cache_that_is_no_output_stays_outside(where: str) -> None:
-    outputs = {"k": "float[B, 4, T, 8] present_value", "v": "float[B, 4, T, 8] present_key"}[where]
-    fused = fuse_parts(**{**CACHED, "outputs": f"float[B, S, 32] y, {outputs}"})
-    assert form_of(fused) == AttentionForm(bias=True, heads_major=True)
-    assert fused.ops["Concat"] == 2
-
-
-def test_a_mask_made_of_the_present_keeps_the_cache_outside() -> None:
-    fused = fuse_parts(
-        **{
-            **CACHED,
-            "scores": """
-                last = Constant <value_ints = [1, 3]> ()
-                largest = ReduceMax <keepdims = 1> (present_key, last)
-                row = Transpose <perm = [0, 1, 3, 2]> (largest)
-                scaled = Mul (products, scale)
-                sum = Add (mask, row)
-                scores = Add (scaled, sum)
-            """,
-        }
-    )
-    assert not form_of(fused).past
-
-
-def test_keys_appended_along_the_heads_are_no_cache() -> None:
-    parts = {
-        **CACHED,
-        "inputs": CACHED["inputs"].replace("float[B, 4, P, 8] past_", "float[B, 2, S, 8] past_").replace("T]", "S]"),
-        "outputs": "float[B, S, 32] y, float[B, 4, S, 8] present_key, float[B, 4, S, 8] present_value",
-        "k": CACHED["k"].replace("axis = -2", "axis = 1").replace("heads", "two"),
-        "v": CACHED["v"].replace("axis = 2", "axis = 1").replace("heads", "two"),
-    }
-    parts["inputs"] = parts["inputs"].replace("32] k", "16] k").replace("32] v", "16] v")
-    fused = fuse_parts(constants={"two": np.array([0, 0, 2, 8])}, **parts)
-    assert form_of(fused) == AttentionForm(bias=True, heads_major=True)
-    assert fused.ops["Concat"] == 2
-
-
-def test_one_cache_for_keys_and_values_stays_outside() -> None:
-    fused = fuse_parts(
-        **{
-            **CACHED,
-            "outputs": "float[B, S, 32] y, float[B, 4, T, 8] present_key",
-            "v": "",
-            "mix": "mixed = MatMul (weights, present_key)",
-        }
-    )
-    assert not form_of(fused).past
-
-
-def test_past_and_present_lengths_are_those_of_the_source() -> None:
-    source = attention(**CACHED)
-    assert feeds_of(source)["mask"].shape[-1] == PAST + SIZE
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(["keys are transposed twice", "division", "queries are scaled before they are split", ""]),
+    st.sampled_from(["keys are transposed twice", "nothing happens in between", ""]),
+    st.sampled_from(["b, 4, s, t", "1, 1, s, t", "b, 1, 1, t", "4, 1, t", "s, t", "t"]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_any_combination(first: str, second: str, mask: str, softcap: bool, cross: bool) -> None:
+    keys = "T" if cross else "S"
+    sizes = mask.replace("b", "B").replace("s", "S").replace("t", keys)
+    parts = {**SPELLINGS.get(second, {}), **SPELLINGS.get(first, {})}
+    parts["inputs"] = f"float[B, S, 32] q, float[B, {keys}, 32] k, float[B, {keys}, 32] v, float[{sizes}] mask"
+    if softcap:
+        parts["scores"] = """
+            two = Constant <value_float = 2.0> ()
+            bent = Tanh (products)
+            capped = Mul (two, bent)
+            scores = Add (mask, capped)
+        """
+    fused = fuse_parts(**parts)
+    assert form_of(fused) == AttentionForm(bias=True, softcap=softcap)
+    assert "MatMul" not in fused.ops
