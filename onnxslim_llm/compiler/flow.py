@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -20,6 +20,7 @@ from onnxslim_llm.compiler.account import Account, make_manifest
 from onnxslim_llm.compiler.calibration import SELF, Calibrator
 from onnxslim_llm.compiler.client_files import write_client_files
 from onnxslim_llm.compiler.defaults import default_output, default_recipe
+from onnxslim_llm.compiler.lowering import KvCache, check_opset, lowering_passes
 from onnxslim_llm.compiler.nonfinite import NonFinite, nonfinite_weights
 from onnxslim_llm.compiler.progress import Progress, Silent
 from onnxslim_llm.compiler.verification import Judge, may_roll_back
@@ -31,7 +32,6 @@ from onnxslim_llm.recipe import Recipe
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.passes import Pass
 from onnxslim_llm.rewrite.pipeline import PassRecord, Pipeline
-from onnxslim_llm.rewrite.registry import make_pass
 from onnxslim_llm.targets import Target, get_target
 
 __all__ = ["MODEL_NAME", "CompileResult", "compile"]
@@ -39,8 +39,6 @@ __all__ = ["MODEL_NAME", "CompileResult", "compile"]
 MODEL_NAME = "model.onnx"
 STATISTICS_NAME = "statistics"  # a folder of the work in progress; never part of an artifact
 VerifyLevel = Literal["fast", "full", "off"]
-KvCache = Literal["separate", "shared", "int8"]
-_CONTRIB_DOMAIN = "com.microsoft"
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,7 @@ def compile(  # noqa: A001
     jobs: int | None = None,
     memory_limit: int | None = None,
     kv_cache: KvCache = "separate",
+    opset: int | None = None,
     verify: VerifyLevel = "fast",
     resume: bool = False,
     force: bool = False,
@@ -86,6 +85,8 @@ def compile(  # noqa: A001
         memory_limit: Bytes of weights in work at a time.
         kv_cache: "separate": cache inputs and outputs as in the source. "shared": each pair is one buffer, extended in
             place. "int8": that, with int8 entries; the loss is what `verify` in the manifest says.
+        opset: Version of ai.onnx that the model is converted to before it is lowered to the target's operators;
+            default: what the passes need.
         verify: Compare source and artifact in the target's runtime: a few inputs ("fast"), many, and after every pass
             ("full"), or not at all ("off": then the source's external data are not hashed either).
         resume: Go on from an interrupted compile of the same model and recipe.
@@ -107,6 +108,7 @@ def compile(  # noqa: A001
     path = resolve_model_path(source)
     folder = Path(source).is_dir()
     goal = get_target(target)
+    check_opset(goal, opset)
     chosen = _load_recipe(recipe)
     account = Account(source=path, target=goal.name, threads=jobs or usable_cpus())
     with (
@@ -116,15 +118,16 @@ def compile(  # noqa: A001
         progress.stage("open")
         model = open_model(path)
         account.opened(model)
+        check_opset(goal, opset, model.opset())
         if chosen is None:
             chosen, why = default_recipe(model)
             account.note(why)
         chosen = chosen.with_settings(settings)
         if kv_cache == "int8" and chosen.gates == "lossless":
-            chosen = replace(chosen, gates="int8")
+            chosen = chosen.model_copy(update={"gates": "int8"})
         account.recipe = chosen
         data = account.source_data
-        staging.begin(compile_identity(path, data, _identity(goal, chosen, kv_cache)), resume=resume)
+        staging.begin(compile_identity(path, data, _identity(goal, chosen, kv_cache, opset)), resume=resume)
         weights = [os.path.relpath(f.resolve(), path.parent.resolve()) for f in data]
         if verify == "off":  # without proof wanted, the weights need not be read once more for their hash
             source_hashes = hasher.submit(path.parent, [path.name], weights)
@@ -135,7 +138,7 @@ def compile(  # noqa: A001
         calibrator = Calibrator(path, given, staging.directory / STATISTICS_NAME, account.threads, progress)
         text = None if str(given) == SELF else given
         judge = Judge(path, goal, chosen, verify, text, account.threads, progress, calibrator)
-        passes = [*chosen.build(), *_cache_passes(goal, kv_cache), *Pipeline(goal.lowering).passes]
+        passes = [*chosen.build(), *lowering_passes(goal, kv_cache, opset)]
         job = _Job(passes, goal, staging, account, progress, judge, calibrator, memory_limit)
         verified = job.run(model)
         calibrator.discard()
@@ -186,21 +189,9 @@ def _load_recipe(recipe: str | Path | Recipe | None) -> Recipe | None:
     return recipe if recipe is None or isinstance(recipe, Recipe) else Recipe.load(recipe)
 
 
-def _identity(target: Target, recipe: Recipe, kv_cache: KvCache) -> dict[str, object]:
+def _identity(target: Target, recipe: Recipe, kv_cache: KvCache, opset: int | None) -> dict[str, object]:
     identity = {"version": __version__, "target": target.name, "lowering": target.lowering}
-    return {**identity, "recipe": recipe.resolved(), "kv_cache": kv_cache}
-
-
-def _cache_passes(target: Target, kv_cache: KvCache) -> list[Pass]:
-    """Return the passes that make the KV cache what was asked for; they run before the target's lowering."""
-    if kv_cache == "separate":
-        return []
-    if _CONTRIB_DOMAIN not in target.domains:
-        todo = "use --target ort-cpu, or --kv-cache separate"
-        raise UsageError(
-            f"target '{target.name}' has no operator that extends a cache in place", where="--kv-cache", todo=todo
-        )
-    return [make_pass("lower_kv_cache", {"cache": kv_cache})]
+    return {**identity, "recipe": recipe.resolved(), "kv_cache": kv_cache, "opset": opset}
 
 
 def _write_report(manifest: Manifest, directory: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxslim_llm.ir.shapes import SymbolicValues
+from onnxslim_llm.ir.shapes.dims import Dim
 from onnxslim_llm.passes.lower.attention_call import AttentionCall
 from onnxslim_llm.passes.lower.input_sizes import InputSizes
+from onnxslim_llm.rewrite.constants import constant_value
 from onnxslim_llm.rewrite.edit import Builder
 
 __all__ = ["Masks"]
@@ -44,15 +47,39 @@ class Masks:
             )
         if bias is None or self._is_full(call, bias):
             return bias
-        return self._once(op, call, ("full", id(bias)), lambda: self._expanded(op, call, bias))
+        return self._once(
+            op, call, ("full", id(bias)), lambda: self._expanded(op, call, bias, self._values.shape_of(bias))
+        )
 
-    def _once(self, op: Builder, call: AttentionCall, key: tuple[Any, ...], make: Any) -> gs.Tensor:
+    def visible(self, op: Builder, call: AttentionCall) -> gs.Tensor | None:
+        """Return the bias as booleans of S rows and T columns, true where a key is visible; None if it says more.
+
+        Attention takes either, and one node less makes booleans.
+        """
+        seen = _seen(call.inputs["bias"]) if "bias" in call.inputs and not call.window else None
+        if seen is None:
+            return None
+        condition, axes = seen
+        return self._once(
+            op, call, ("visible", id(call.inputs["bias"])), lambda: self._spread(op, call, condition, axes), np.bool_
+        )
+
+    def _spread(self, op: Builder, call: AttentionCall, condition: gs.Tensor, axes: gs.Tensor) -> gs.Tensor:
+        bias = call.inputs["bias"]
+        visible: gs.Variable = op.Unsqueeze(condition, axes)
+        visible.dtype, visible.shape = np.dtype(bool), bias.shape
+        return self._expanded(op, call, visible, self._values.shape_of(bias))
+
+    def _once(
+        self, op: Builder, call: AttentionCall, key: tuple[Any, ...], make: Callable[[], gs.Tensor], dtype: Any = None
+    ) -> gs.Tensor:
         """Make a tensor, or return the one that was made for a call of the same sizes."""
-        key = (*key, call.queries, call.keys, np.dtype(self._dtype(call)))
+        dtype = np.dtype(self._dtype(call) if dtype is None else dtype)
+        key = (*key, call.queries, call.keys, dtype)
         shared = self._sizes.of(call.queries) is not None and self._sizes.of(call.keys) is not None
         if not shared or key not in self._made:
-            tensor: gs.Tensor = make()
-            tensor.dtype = self._dtype(call)
+            tensor = make()
+            tensor.dtype = dtype
             if not shared:
                 return tensor
             self._made[key] = tensor
@@ -73,9 +100,8 @@ class Masks:
             for dim, wanted in ((shape[-2], call.queries), (shape[-1], call.keys))
         )
 
-    def _expanded(self, op: Builder, call: AttentionCall, bias: gs.Tensor) -> gs.Tensor:
+    def _expanded(self, op: Builder, call: AttentionCall, bias: gs.Tensor, shape: tuple[Dim, ...] | None) -> gs.Tensor:
         one = np.array([1], np.int64)
-        shape = self._values.shape_of(bias)
         wide = shape is not None and len(shape) > 0 and shape[-1] == call.keys
         columns = one if wide else call.size(self._sizes, op, "keys")
         target = op.Concat(one, one, call.size(self._sizes, op, "queries"), columns, axis=0)
@@ -102,3 +128,17 @@ class Masks:
         lowest = op.constant(np.array(-np.inf if call.form.zero_rows else np.finfo(dtype).min, dtype))
         band: gs.Variable = op.Where(inside, kept, lowest)
         return band
+
+
+def _seen(bias: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor] | None:
+    """Return what is visible, and the axes to unsqueeze, of Unsqueeze(Where(visible, 0, lowest), axes)."""
+    outer = bias.inputs[0] if isinstance(bias, gs.Variable) and len(bias.inputs) == 1 else None
+    if outer is None or outer.op != "Unsqueeze" or len(outer.inputs) != 2:
+        return None
+    inner = outer.inputs[0].inputs[0] if isinstance(outer.inputs[0], gs.Variable) and outer.inputs[0].inputs else None
+    if inner is None or inner.op != "Where":
+        return None
+    nothing, low = constant_value(inner.inputs[1]), constant_value(inner.inputs[2])
+    if nothing is None or low is None or nothing.size != 1 or low.size != 1 or nothing.item() != 0:
+        return None
+    return (inner.inputs[0], outer.inputs[1]) if low.item() <= np.finfo(low.dtype).min else None

@@ -57,10 +57,12 @@ class InputSizes:
         return self._sum(dim)
 
     def _sum(self, dim: Expr) -> gs.Tensor | None:
+        if len(dim.terms) < 2:
+            return None
         parts = [self.of(symbol(names[0])) for names, factor in dim.terms if len(names) == 1 and factor == 1]
         parts += [self.of(factor) for names, factor in dim.terms if not names]
         known = [part for part in parts if part is not None]
-        if len(known) != len(dim.terms) or len(known) < 2:
+        if len(known) != len(dim.terms):
             return None
         total = known[0]
         for part in known[1:]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -69,7 +70,7 @@ class LowerAttention(Pass):
         values = infer_shapes(model)
         sizes = InputSizes(model, values)
         replaced: dict[int, list[gs.Node]] = {}
-        old: list[gs.Node] = []
+        done: list[AttentionCall] = []
         for graph in model.graphs():
             masks, lengths = Masks(values, sizes), Lengths(sizes)
             for node in [node for node in graph.nodes if is_attention(node)]:
@@ -82,7 +83,7 @@ class LowerAttention(Pass):
                 if (self.operator == "standard" or against) and (model.opset() or 0) < FIRST_OPSET:
                     change.skip(where, f"opset {model.opset()} has no Attention: it becomes primitive operators")
                     replaced[id(node)] = inline_call(model, node)
-                    old.append(node)
+                    done.append(call)
                     change.sites.append(where)
                     continue
                 if self.operator == "contrib" and not against:
@@ -93,10 +94,10 @@ class LowerAttention(Pass):
                 detach(node)
                 take_over(op.nodes, results, list(call.outputs.values()))
                 replaced[id(node)] = op.nodes
-                old.append(node)
+                done.append(call)
                 change.sites.append(where)
         replace_nodes(model, replaced)
-        finish(model, sizes)
+        finish(model, sizes, done)
         return change
 
 
@@ -112,9 +113,13 @@ def take_over(nodes: list[gs.Node], results: tuple[gs.Tensor, ...], outputs: lis
                     node.inputs[i] = output
 
 
-def finish(model: Model, sizes: InputSizes) -> None:
-    """Put the nodes that read sizes first, and everything in order."""
-    unused = {id(node) for node in remove_dead(sizes.nodes, graph_output_ids(model))}
-    model.graph.nodes[:] = [*(node for node in sizes.nodes if id(node) not in unused), *model.graph.nodes]
+def finish(model: Model, sizes: InputSizes, calls: Iterable[AttentionCall]) -> None:
+    """Put the nodes that read sizes first, and everything in order, without what made biases that are not read."""
+    biases = [call.inputs["bias"] for call in calls if "bias" in call.inputs]
+    producers = [tensor.inputs[0] for tensor in biases if isinstance(tensor, gs.Variable) and tensor.inputs]
+    dead = {id(node) for node in remove_dead([*sizes.nodes, *producers], graph_output_ids(model))}
+    for graph in model.graphs():
+        graph.nodes[:] = [node for node in graph.nodes if id(node) not in dead]
+    model.graph.nodes[:] = [*(node for node in sizes.nodes if id(node) not in dead), *model.graph.nodes]
     sort_nodes(model.graph)
     drop_unused_functions(model)

@@ -109,7 +109,7 @@ class LowerKvCache(Pass):
             self._declare(model, call, values, sizes)
         model.set_opset(CONTRIB_DOMAIN, 1)
         set_metadata(model, IN_PLACE_CACHE, self.cache)
-        finish(model, sizes)
+        finish(model, sizes, calls)
         change.detail["cache"] = self.cache
         return change
 

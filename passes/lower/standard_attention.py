@@ -27,7 +27,9 @@ def standard_attention(op: Builder, call: AttentionCall, masks: Masks) -> tuple[
     """
     form = call.form
     flag = form.causal and call.grows
-    bias = masks.full_bias(op, call, causal=form.causal and not flag, window=call.window)
+    bias = masks.visible(op, call) if flag == form.causal else None
+    if bias is None:
+        bias = masks.full_bias(op, call, causal=form.causal and not flag, window=call.window)
     count = 3 if form.present or form.past else 1
     attributes: dict[str, Any] = {
         "is_causal": int(flag),

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
-from attention_models import assert_same, attention_model, feeds_for, run
+from attention_models import ATOL, assert_same, attention_model, feeds_for, run
 
 from onnxslim_llm.concepts.attention import AttentionForm
 from onnxslim_llm.ir.model import Model
+from onnxslim_llm.rewrite.edit import Builder
 from onnxslim_llm.rewrite.passes import Change, Skip
 from onnxslim_llm.rewrite.pipeline import Pipeline
 
@@ -144,3 +146,44 @@ def test_nothing_to_do() -> None:
     lower(model, "standard")
     assert not lower(model, "standard")
     assert next(iter(itertools.islice(model.functions, 1)), None) is None
+
+
+def test_sizes_that_no_input_has_are_read_from_the_operands() -> None:
+    """An embedded encoder whose hidden states have sizes of their own."""
+    model = attention_model(AttentionForm(bias=True), bias=("B", 1, 1, "T"), layers=2)
+    for tensor in model.graph.inputs[:3]:
+        shape = list(tensor.shape)
+        shape[1] = None
+        tensor.shape = shape
+    before = model.copy()
+    assert lower(model, "standard")
+    assert_same_unnamed(before, model)
+
+
+def assert_same_unnamed(before: Model, after: Model) -> None:
+    for model in (before, after):
+        for tensor in model.graph.inputs[:3]:
+            tensor.shape = ["B", "S", tensor.shape[2]]
+    assert_same(before, after, SIZES[1])
+
+
+def test_padding_is_given_as_booleans() -> None:
+    """Where all that a bias does is hide keys, one node less makes a mask of booleans; in the source's own terms."""
+    model = attention_model(replace(CACHED, bias=True), bias=("B", 1, 1, "T"))
+    (node,) = model.graph.nodes
+    mask = gs.Variable("attention_mask", np.int64, ["B", "P + S"])
+    op = Builder(model, "mask")
+    low = np.array(np.finfo(np.float32).min, np.float32)
+    bias = op.Unsqueeze(op.Where(op.Cast(mask, to=onnx.TensorProto.BOOL), np.zeros((), np.float32), low), [1, 2])
+    bias.dtype = np.dtype(np.float32)
+    node.inputs[-1] = bias
+    model.graph.inputs[-1] = mask
+    model.graph.nodes[:0] = op.nodes
+    before = model.copy()
+    assert lower(model, "standard")
+    assert ops(model) == ["Shape", "Cast", "Unsqueeze", "Concat", "Expand", "Attention"]
+    feeds = feeds_for(before, SIZES[3])
+    feeds["attention_mask"] = np.ones((3, 8), np.int64)
+    feeds["attention_mask"][1, :4] = 0
+    for expected, actual in zip(run(before, feeds), run(model, feeds), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=ATOL)
