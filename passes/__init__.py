@@ -19,11 +19,13 @@ from onnxslim_llm.passes.cleanup.remove_dead_code import RemoveDeadCode
 from onnxslim_llm.passes.cleanup.simplify_algebra import SimplifyAlgebra
 from onnxslim_llm.passes.cleanup.tie_weights import TieWeights
 from onnxslim_llm.passes.fuse.add_kv_cache import AddKvCache
+from onnxslim_llm.passes.fuse.fold_rotary_tables import FoldRotaryTables
 from onnxslim_llm.passes.fuse.fuse_activations import FuseActivations
 from onnxslim_llm.passes.fuse.fuse_attention import FuseAttention
 from onnxslim_llm.passes.fuse.fuse_layer_norm import FuseLayerNorm
 from onnxslim_llm.passes.fuse.fuse_rms_norm import FuseRmsNorm
 from onnxslim_llm.passes.fuse.fuse_rotary import FuseRotary
+from onnxslim_llm.passes.fuse.keep_last_logits import KeepLastLogits
 from onnxslim_llm.passes.fuse.pack_projections import PackProjections
 from onnxslim_llm.passes.fuse.simplify_masks import SimplifyMasks
 from onnxslim_llm.passes.lower.convert_opset import ConvertOpset
@@ -57,10 +59,12 @@ PASSES: tuple[type[Pass], ...] = (
     FuseRmsNorm,
     FuseAttention,
     FuseRotary,
+    FoldRotaryTables,
     FuseLayerNorm,
     FuseActivations,
     SimplifyMasks,
     AddKvCache,
+    KeepLastLogits,
     QuantizeWeights,
     PackProjections,
     RaiseBlockWeights,
