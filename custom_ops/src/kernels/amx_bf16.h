@@ -42,12 +42,15 @@ static inline void prepare_bf16(const MatMulProblem& p, uint8_t* scratch, int64_
     for (int64_t row = first; row < whole; row++) {
         const uint8_t* from = element_at(p.a, p.type, row * p.a_stride);
         for (int64_t k = 0; k < w.padded_rows; k += kTileK) {
-            alignas(64) float x[kTileK] = {};
-            const int64_t left = w.rows - k;
-            const int64_t count = left < 0 || row >= p.m ? 0 : left < kTileK ? left : kTileK;
-            load_row(p.type, from + k * element_bytes(p.type), count, kTileK, x);
             uint8_t* tile = scratch + activation_tile(w, row_tiles, k / kPanelRows, row / 16, k % kPanelRows / kTileK);
-            const __m512bh packed = _mm512_cvtne2ps_pbh(_mm512_load_ps(x + 16), _mm512_load_ps(x));
+            const int64_t left = row < p.m ? w.rows - k : 0;
+            const uint8_t* x = from + k * element_bytes(p.type);
+            alignas(64) float padded[kTileK];
+            if (left < kTileK || p.type != kFloat32) {
+                load_row(p.type, x, left < 0 ? 0 : left < kTileK ? left : kTileK, kTileK, padded);
+                x = (const uint8_t*)padded;
+            }
+            const __m512bh packed = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + 64), _mm512_loadu_ps(x));
             _mm512_store_si512(tile + row % 16 * 64, (__m512i)packed);
         }
     }
@@ -191,46 +194,55 @@ static inline void multiply_tiles(const uint8_t* a, int64_t row_step, const uint
     if (kM == 2 && kN == 2) _tile_stored(3, sums + 3 * kTileFloats, 64);
 }
 
-// All tiles of rows of one block against one panel, while the next panel is dequantized.
-template <int32_t kN>
-static inline void multiply_rows(const uint8_t* a, int64_t row_tiles, int64_t row_step, const uint8_t* panel,
-                                 int64_t k_tiles, bool accumulate, float* sums, PanelDecoder& next) {
-    const int64_t products = (row_tiles + 1) / 2 * k_tiles, steps = (next.left() + products - 1) / products;
-    int64_t i = 0;
-    for (; i + 2 <= row_tiles; i += 2)
-        multiply_tiles<2, kN>(a + i * row_step, row_step, panel, k_tiles, accumulate, sums + i * kN * kTileFloats, next,
-                              steps);
-    if (i < row_tiles)
-        multiply_tiles<1, kN>(a + i * row_step, row_step, panel, k_tiles, accumulate, sums + i * kN * kTileFloats, next,
-                              steps);
-    next.finish();
-}
+// What becomes of the sums of a panel's strips when K is through.
+struct BlockEpilogue {
+    const MatMulProblem& p;
+    const float* low_rank;
+    int64_t strip;
+    int64_t first_row;  // of the block
 
-// Brings what the block will write of 16 rows of y into the cache.
-static inline void fetch_results(const MatMulProblem& p, int64_t first, int64_t last, int64_t row) {
-    const int32_t step = p.activation >= kSiluGate ? 2 : 1;
-    for (int64_t r = row; r < row + group_rows(p.m, row); r++)
-        for (int64_t strip = first; strip < last; strip += step)
-            __builtin_prefetch(
-                (const uint8_t*)p.y + (r * p.y_stride + columns_of_strip(p.b, strip).first) * element_bytes(p.type), 1);
-}
-
-// The epilogue of strips [first, last) of a block; 16 rows by 16 rows, because rows of y lie in different pages.
-static inline void finish_block(const MatMulProblem& p, const float* low_rank, int64_t first, int64_t last,
-                                int64_t row_tile, int64_t row_tiles, float* sums) {
-    const bool gate = p.activation >= kSiluGate;
-    for (int64_t i = 0; i < row_tiles; i++) {
-        const int64_t row = (row_tile + i) * 16;
-        const int32_t rows = group_rows(p.m, row);
-        float* pair = sums;
-        if (i + 1 < row_tiles) fetch_results(p, first, last, row + 16);
-        for (int64_t strip = first; strip < last; strip += 2, pair += row_tiles * 2 * kTileFloats) {
-            const bool wide = strip + 1 < last;
-            float* tiles = pair + i * (wide ? 2 : 1) * kTileFloats;
-            finish_rows(p, low_rank, row, rows, strip, tiles, kTileFloats);
-            if (wide && !gate) finish_rows(p, low_rank, row, rows, strip + 1, tiles + kTileFloats, kTileFloats);
+    // Brings what will be written of `rows` rows of y into the cache.
+    void fetch(int64_t row, int64_t rows) const {
+        const StripColumns columns = columns_of_strip(p.b, strip);
+        const int64_t end = first_row + row + rows < p.m ? first_row + row + rows : p.m;
+        for (int64_t r = first_row + row; r < end; r++) {
+            const uint8_t* to = (const uint8_t*)p.y + (r * p.y_stride + columns.first) * element_bytes(p.type);
+            __builtin_prefetch(to, 1);
+            __builtin_prefetch(to + 64, 1);
         }
     }
+
+    template <int32_t kN>
+    void finish(int64_t row, int64_t row_tiles, float* sums) const {
+        for (int64_t i = 0; i < row_tiles; i++, sums += kN * kTileFloats) {
+            const int64_t r = first_row + row + i * 16;
+            finish_rows(p, low_rank, r, group_rows(p.m, r), strip, sums, kTileFloats);
+            if (kN == 2 && p.activation < kSiluGate)
+                finish_rows(p, low_rank, r, group_rows(p.m, r), strip + 1, sums + kTileFloats, kTileFloats);
+        }
+    }
+};
+
+// All tiles of rows of one block against one panel, while the next panel is dequantized. The epilogue follows each
+// product at once: its stores then drain behind the next product.
+template <int32_t kN>
+static inline void multiply_rows(const uint8_t* a, int64_t row_tiles, int64_t row_step, const uint8_t* panel,
+                                 int64_t k_tiles, bool accumulate, float* sums, PanelDecoder& next,
+                                 const BlockEpilogue* epilogue) {
+    const int64_t products = (row_tiles + 1) / 2 * k_tiles, steps = (next.left() + products - 1) / products;
+    int64_t i = 0;
+    for (; i + 2 <= row_tiles; i += 2) {
+        float* to = sums + i * kN * kTileFloats;
+        if (epilogue != nullptr) epilogue->fetch(i * 16, 32);
+        multiply_tiles<2, kN>(a + i * row_step, row_step, panel, k_tiles, accumulate, to, next, steps);
+        if (epilogue != nullptr) epilogue->finish<kN>(i * 16, 2, to);
+    }
+    if (i < row_tiles) {
+        float* to = sums + i * kN * kTileFloats;
+        multiply_tiles<1, kN>(a + i * row_step, row_step, panel, k_tiles, accumulate, to, next, steps);
+        if (epilogue != nullptr) epilogue->finish<kN>(i * 16, 1, to);
+    }
+    next.finish();
 }
 
 // Strips [first, last) for the row tiles [row_tile, row_tile + row_tiles).
@@ -263,16 +275,17 @@ static inline void amx_block(const MatMulProblem& p, const MatMulPlan& plan, con
                 next.begin(next_strip, last - next_strip > 1 ? 2 : 1, next_k, tiles_from(next_k), ahead_of(next_k),
                            next_panel);
             float* to = sums + (strip - first) / 2 * pair_floats;
+            const bool whole = k + kPanelRows >= w.padded_rows;
+            const BlockEpilogue epilogue = {p, (const float*)(scratch + plan.low_rank_at), strip, row_tile * 16};
             if (strip + 1 < last)
-                multiply_rows<2>(a, row_tiles, row_step, panel, k_tiles, k > 0, to, next);
+                multiply_rows<2>(a, row_tiles, row_step, panel, k_tiles, k > 0, to, next, whole ? &epilogue : nullptr);
             else
-                multiply_rows<1>(a, row_tiles, row_step, panel, k_tiles, k > 0, to, next);
+                multiply_rows<1>(a, row_tiles, row_step, panel, k_tiles, k > 0, to, next, whole ? &epilogue : nullptr);
             uint8_t* const spent = panel;
             panel = next_panel;
             next_panel = spent;
         }
     }
-    finish_block(p, (const float*)(scratch + plan.low_rank_at), first, last, row_tile, row_tiles, sums);
 }
 
 static inline void run_bf16(const MatMulProblem& p, const MatMulPlan& plan, const uint8_t* scratch, int64_t first,

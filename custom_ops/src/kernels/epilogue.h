@@ -101,6 +101,12 @@ static inline void finish_rows(const MatMulProblem& p, const float* low_rank, in
     const bool gate = p.activation >= kSiluGate;
     const StripColumns columns = columns_of_strip(p.b, strip);
     const bool plain = p.activation == kNoActivation && p.residual == nullptr;
+    if (plain && p.rank == 0 && p.bias == nullptr && p.type == kFloat32 && columns.count == kStripColumns) {
+        float* y = (float*)p.y + first * p.y_stride + columns.first;
+        for (int32_t r = 0; r < rows; r++, y += p.y_stride, sums += kStripColumns)
+            for (int32_t c = 0; c < kStripColumns; c += kWidth) store(y + c, load<Floats>(sums + c));
+        return;
+    }
     for (int32_t r = 0; r < rows; r++, sums += kStripColumns) {
         const int64_t row = first + r;
         if (p.rank > 0 || p.bias != nullptr) {
