@@ -27,6 +27,7 @@ __all__ = ["command"]
     show_default=True,
     help="Cache tensors as they are, or one buffer extended in place, or that in int8.",
 )
+@click.option("--opset", type=click.IntRange(min=1), metavar="N", help="Version of ai.onnx. [default: what is needed]")
 @click.option("--jobs", type=click.IntRange(min=1), help="Threads. [default: all usable CPUs]")
 @click.option("--memory-limit", metavar="SIZE", callback=size_option, help="Memory for weights in work, like 800MB.")
 @click.option(
@@ -43,6 +44,7 @@ def command(
     settings: tuple[str, ...],
     calib: Path | None,
     kv_cache: Literal["separate", "shared", "int8"],
+    opset: int | None,
     jobs: int | None,
     memory_limit: int | None,
     verify: Literal["fast", "full", "off"],
@@ -69,6 +71,7 @@ def command(
                 settings=settings,
                 calib=calib,
                 kv_cache=kv_cache,
+                opset=opset,
                 jobs=jobs,
                 memory_limit=memory_limit,
                 verify=verify,
