@@ -27,14 +27,25 @@ def guard_against_nan(weights: gs.Tensor, users: list[gs.Node]) -> gs.Node | Non
     return where if _is_zero(where.inputs[1]) else None
 
 
-def guard_against_empty_rows(where: gs.Node, weights: gs.Tensor, scores: gs.Tensor) -> list[gs.Node] | None:
-    """Return the nodes of Where(all scores of the row are -inf, 0, weights), or None if `where` is something else."""
+def guard_against_empty_rows(
+    where: gs.Node, weights: gs.Tensor, scores: gs.Tensor, bias: gs.Tensor | None
+) -> list[gs.Node] | None:
+    """Return the nodes of Where(a row is -inf everywhere, 0, weights), or None if `where` is something else.
+
+    Args:
+        where: Reads the weights.
+        weights: Output of the Softmax.
+        scores: Input of the Softmax.
+        bias: The mask that was added to them; a row of it can be asked instead, if there is no other mask.
+    """
     if where.op != "Where" or where.inputs[2] is not weights or not _is_zero(where.inputs[1]):
         return None
     nodes: list[gs.Node] = []
-    if _claim(where.inputs[0], scores, nodes) != ("all", True):
-        return None
-    return [*nodes, where]
+    if _claim(where.inputs[0], scores, nodes) == ("all", True):
+        return [*nodes, where]
+    if bias is not None and _claim(where.inputs[0], bias, []) == ("all", True):
+        return [where]
+    return None
 
 
 def _is_zero(tensor: gs.Tensor) -> bool:
@@ -50,15 +61,14 @@ def _is_zero(tensor: gs.Tensor) -> bool:
     return node.op == "ConstantOfShape" and (fill is None or _is_zero(fill))
 
 
-def _claim(tensor: gs.Tensor, scores: gs.Tensor, nodes: list[gs.Node]) -> _Claim | None:
-    """Return what a tensor of booleans (or 0 and 1) says about the rows of `scores`; collect the nodes that make it."""
+def _claim(tensor: gs.Tensor, rows: gs.Tensor, nodes: list[gs.Node]) -> _Claim | None:
+    """Return what a tensor of booleans (or 0 and 1) says about `rows`; collect the nodes that make it."""
     node = producer(tensor)
     if node is None:
         return None
-    if node.op in ("Equal", "IsInf") and any(operand is scores for operand in node.inputs):
-        nodes.append(node)
-        return (None, True) if _asks_for_minus_inf(node, scores) else None
-    claim = _claim(node.inputs[0], scores, nodes) if node.op in ("Cast", "Not", *_QUANTIFIERS) else None
+    if node.op in ("Equal", "IsInf"):
+        return _comparison(node, rows, nodes)
+    claim = _claim(node.inputs[0], rows, nodes) if node.op in ("Cast", "Not", *_QUANTIFIERS) else None
     if claim is None:
         return None
     nodes.append(node)
@@ -70,11 +80,24 @@ def _claim(tensor: gs.Tensor, scores: gs.Tensor, nodes: list[gs.Node]) -> _Claim
     return (_QUANTIFIERS[node.op], hidden) if quantifier is None and _runs_over_keys(node) else None
 
 
-def _asks_for_minus_inf(node: gs.Node, scores: gs.Tensor) -> bool:
+def _comparison(node: gs.Node, rows: gs.Tensor, nodes: list[gs.Node]) -> _Claim | None:
+    """Return what a comparison with -inf of `rows`, or of the largest element of each row, says."""
+    nodes.append(node)
+    values = [constant_value(operand, limit=1) for operand in node.inputs]
     if node.op == "IsInf":
-        return int(node.attrs.get("detect_negative", 1)) == 1 and int(node.attrs.get("detect_positive", 1)) == 0
-    values = [constant_value(operand, limit=1) for operand in node.inputs if operand is not scores]
-    return len(values) == 1 and values[0] is not None and bool(np.all(values[0] == -np.inf))
+        asks = int(node.attrs.get("detect_negative", 1)) == 1 and int(node.attrs.get("detect_positive", 1)) == 0
+    else:
+        asks = any(value is not None and bool(np.all(value == -np.inf)) for value in values)
+    if not asks:
+        return None
+    for operand in node.inputs:
+        largest = producer(operand)
+        if operand is rows:
+            return None, True
+        if largest is not None and largest.op == "ReduceMax" and largest.inputs[0] is rows and _runs_over_keys(largest):
+            nodes.append(largest)
+            return "all", True
+    return None
 
 
 def _runs_over_keys(node: gs.Node) -> bool:

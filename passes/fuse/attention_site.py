@@ -96,7 +96,7 @@ def read_site(softmax: gs.Node, around: Surroundings) -> Site:
     scores = read_scores(widened.inputs[0] if widened else softmax.inputs[0], values)
     if not keeps_rows(scores.product_view, scores.view):
         scores = _turned(scores, softmax)
-    weights = read_weights(softmax, scores.view, values, around.outputs)
+    weights = read_weights(softmax, scores, values, around.outputs)
     if not keeps_rows(scores.product_view, weights.view):
         raise NotAttentionError("the weights are transposed before they meet the values", weights.product.node)
     narrowed = weights.narrowed

@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 from onnxslim_llm.ir.shapes import SymbolicValues
 from onnxslim_llm.passes.fuse.attention_products import NotAttentionError, Product, read_product
 from onnxslim_llm.passes.fuse.attention_rows import guard_against_empty_rows, guard_against_nan
+from onnxslim_llm.passes.fuse.attention_scores import Scores
 from onnxslim_llm.passes.fuse.axes import View, move
 from onnxslim_llm.rewrite.constants import constant_value
 from onnxslim_llm.rewrite.schema import normal_domain
@@ -43,13 +44,14 @@ def users_of(tensor: gs.Tensor) -> list[gs.Node]:
     return list({id(node): node for node in tensor.outputs}.values())
 
 
-def read_weights(softmax: gs.Node, view: View, values: SymbolicValues, graph_outputs: Collection[int]) -> Weights:
-    """Follow the output of `softmax`, whose axes are `view`, to the product with the values.
+def read_weights(softmax: gs.Node, scores: Scores, values: SymbolicValues, graph_outputs: Collection[int]) -> Weights:
+    """Follow the output of `softmax`, whose input is `scores`, to the product with the values.
 
     Raises:
         NotAttentionError: There is a step that an attention does not have, or something else reads the weights.
     """
-    tensor = softmax.outputs[0]
+    tensor, view = softmax.outputs[0], scores.view
+    bias = scores.masks[0].operand if [mask.kind for mask in scores.masks] == ["add"] else None
     nodes: list[gs.Node] = []
     zero_rows = False
     narrowed: gs.Node | None = None
@@ -65,7 +67,7 @@ def read_weights(softmax: gs.Node, view: View, values: SymbolicValues, graph_out
         if len(users) != 1:
             raise NotAttentionError(f"{len(users)} nodes read the weights", tensor)
         node = users[0]
-        guard = guard_against_empty_rows(node, tensor, softmax.inputs[0])
+        guard = guard_against_empty_rows(node, tensor, softmax.inputs[0], bias)
         if guard is not None:
             nodes += guard
             zero_rows, tensor = True, node.outputs[0]

@@ -108,6 +108,11 @@ EMPTY_ROWS = {
         zeros = ConstantOfShape (sizes)
         kept = Where (empty, zeros, weights)
     """,
+    "the mask is asked": """
+        largest = ReduceMax (mask, last)
+        empty = Equal (largest, minus_inf)
+        kept = Where (empty, zero, weights)
+    """,
     "NaN": """
         lost = IsNaN (weights)
         kept = Where (lost, zero, weights)
@@ -118,6 +123,7 @@ NOT_EMPTY_ROWS = {
     "any is seen, not negated": EMPTY_ROWS["any is seen"].replace("empty = Not (some)", "empty = Identity (some)"),
     "over the queries": EMPTY_ROWS["any is seen"].replace("last)", "before_last)"),
     "another number": EMPTY_ROWS["any is seen"].replace("zero", "one"),
+    "the smallest of the mask": EMPTY_ROWS["the mask is asked"].replace("ReduceMax", "ReduceMin"),
     "plus infinity": EMPTY_ROWS["all are hidden"].replace("detect_positive", "detect_negative"),
 }
 
