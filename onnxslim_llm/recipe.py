@@ -21,6 +21,8 @@ from onnxslim_llm.rewrite.syntax import format_step, parse_value
 __all__ = ["Recipe", "Step", "preset_names"]
 
 _PRESETS = files("onnxslim_llm").joinpath("recipes")
+#: Groups of passes that change the graph and leave the weights as they are.
+_STRUCTURE = ("cleanup", "fuse")
 
 
 class Step(BaseModel):
@@ -125,6 +127,19 @@ class Recipe(BaseModel):
             for step in named:
                 step[option.strip()] = parse_value(value)
         changed = self.model_copy(update={"passes": tuple(Step.model_validate(s) for s in steps)})
+        changed.build()
+        return changed
+
+    def with_fusions(self, names: Iterable[str]) -> Self:
+        """Return a copy with further passes behind those that clean up and fuse, before weights are changed.
+
+        Raises:
+            UsageError: Unknown pass.
+        """
+        built = self.build()
+        at = next((i for i, step in enumerate(built) if step.group not in _STRUCTURE), len(built))
+        added = tuple(Step.model_validate({"name": name}) for name in names)
+        changed = self.model_copy(update={"passes": (*self.passes[:at], *added, *self.passes[at:])})
         changed.build()
         return changed
 

@@ -31,6 +31,8 @@ IN_MEMORY_BYTES = 1 << 30
 #: Tokens of the calibration text that quality is measured on.
 QUALITY_TOKENS = {"fast": 4096, "full": 65_536}
 
+#: The pass after which a decoder has a KV cache though its source has none.
+_ADDS_CACHE = "add_kv_cache"
 _ARRAY_SUFFIXES = (".npz", ".npy")
 
 
@@ -203,7 +205,14 @@ class Judge:
 
             level: Level = "full" if self._level == "full" else "fast"
             tokens, arrays = self._inputs()
-            self._verifier = Verifier(self._source, level=level, token_ids=tokens, arrays=arrays, threads=self._threads)
+            self._verifier = Verifier(
+                self._source,
+                level=level,
+                token_ids=tokens,
+                arrays=arrays,
+                threads=self._threads,
+                stepwise=any(step.name == _ADDS_CACHE for step in self._recipe.passes),
+            )
         return self._verifier
 
     def _inputs(self) -> tuple[list[int] | None, Path | None]:

@@ -44,7 +44,7 @@ class TensorCase:
 
 
 def decoder_cases(
-    signature: DecoderSignature, rows: Iterator[Array], length: int
+    signature: DecoderSignature, rows: Iterator[Array], length: int, *, stepwise: bool = False
 ) -> tuple[list[DecoderCase], list[tuple[str, str]]]:
     """The cases that `signature` allows: batches, padding on both sides, steps and chunks with a cache.
 
@@ -52,6 +52,7 @@ def decoder_cases(
         signature: of the source.
         rows: token ids, each row at least `length` + 4 long.
         length: tokens of a prompt.
+        stepwise: steps and chunks for a source without a cache, too: it reads the whole text again for each of them.
 
     Returns:
         The cases, and (case, reason) for those that the model cannot run.
@@ -86,7 +87,7 @@ def decoder_cases(
             skipped.append(("right padding", "only the last token has logits"))
         else:
             add("right padding", block(batch, length), [length], left[:, ::-1].copy())
-    if not signature.caches:
+    if not signature.caches and not (stepwise and signature.length is None and not signature.last_token_only):
         skipped.append(("steps and chunks with a filled cache", "no cache inputs"))
         return cases, skipped
     steps = [unit] * STEPS if unit == 1 else [unit]

@@ -60,6 +60,7 @@ class Verifier:
         token_ids: tokens of real text, for a decoder.
         arrays: .npz/.npy inputs, for other models.
         threads: of ONNX Runtime; 0 leaves it to ONNX Runtime.
+        stepwise: candidates have a KV cache even if the source has none: steps and chunks are compared, too.
 
     Raises:
         ModelError: the source cannot be opened or run.
@@ -75,13 +76,16 @@ class Verifier:
         token_ids: Sequence[int] | None = None,
         arrays: str | Path | None = None,
         threads: int = 0,
+        stepwise: bool = False,
     ) -> None:
         self.session = open_session(source, threads=threads, optimise=False, config=SOURCE_CONFIG)
         if proto is None:
             proto = source if isinstance(source, onnx.ModelProto) else load_structure(source)
         self.precision = precision_of(proto)
         self.parameters = parameter_count(proto)
-        self.plan: Plan = make_plan(self.session, proto=proto, level=level, token_ids=token_ids, arrays=arrays)
+        self.plan: Plan = make_plan(
+            self.session, proto=proto, level=level, token_ids=token_ids, arrays=arrays, stepwise=stepwise
+        )
 
     def check(
         self,

@@ -67,6 +67,7 @@ def make_plan(
     token_ids: Sequence[int] | None = None,
     arrays: str | Path | None = None,
     greedy_tokens: int = 64,
+    stepwise: bool = False,
 ) -> Plan:
     """Choose the inputs for a source model.
 
@@ -77,6 +78,7 @@ def make_plan(
         token_ids: tokens of real text for a decoder; random ones are used without.
         arrays: a .npz or .npy file, or a folder of them, with the inputs of a model that is no decoder.
         greedy_tokens: tokens of the greedy continuation.
+        stepwise: steps and chunks for a decoder without a cache, too.
 
     Raises:
         ModelError: no inputs can be made up; the input is named.
@@ -88,19 +90,21 @@ def make_plan(
     if signature is not None:
         runner = DecoderRunner(session, signature)
         if runner.is_causal():
-            return _decoder_plan(runner, level, token_ids, greedy_tokens)
+            return _decoder_plan(runner, level, token_ids, greedy_tokens, stepwise)
         why = "its logits depend on later tokens, so it is no causal decoder"
     cases, skipped = tensor_cases(session, proto)
     return Plan("tensors", tuple(cases), skipped=tuple(skipped), why_not_decoder=why)
 
 
-def _decoder_plan(runner: DecoderRunner, level: Level, token_ids: Sequence[int] | None, greedy_tokens: int) -> Plan:
+def _decoder_plan(
+    runner: DecoderRunner, level: Level, token_ids: Sequence[int] | None, greedy_tokens: int, stepwise: bool
+) -> Plan:
     signature, effort = runner.signature, _EFFORT[level]
     source = _tokens(runner.vocab, token_ids)
     cases: list[DecoderCase] = []
     skipped: list[tuple[str, str]] = []
     for number in range(effort.rounds):
-        made, left_out = decoder_cases(signature, source, effort.length)
+        made, left_out = decoder_cases(signature, source, effort.length, stepwise=stepwise)
         suffix = f" #{number + 1}" if effort.rounds > 1 else ""
         cases += [DecoderCase(case.name + suffix, case.pieces) for case in made]
         skipped = left_out
