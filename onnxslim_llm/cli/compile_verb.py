@@ -19,7 +19,12 @@ __all__ = ["command"]
 @click.option("--target", metavar="NAME", help="The runtime it is for; `targets` lists them.")
 @click.option("--recipe", metavar="NAME|FILE.toml", help="What to do; `passes` lists the presets. [default: by model]")
 @click.option("--set", "settings", metavar="PASS.OPTION=VALUE", multiple=True, help="Change an option of the recipe.")
-@click.option("--calib", metavar="FILE|DIR", type=PATH, help="Text or .npz inputs to verify (and calibrate) with.")
+@click.option(
+    "--calib",
+    metavar="FILE|DIR",
+    type=PATH,
+    help="Text, .jsonl or .npz inputs to verify and calibrate with; 'self': the model writes its own text.",
+)
 @click.option(
     "--kv-cache",
     type=click.Choice(["separate", "shared", "int8"]),
