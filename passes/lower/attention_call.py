@@ -9,7 +9,8 @@ import onnx_graphsurgeon as gs
 
 from onnxslim_llm.concepts.attention import AttentionForm, attention_form
 from onnxslim_llm.ir.shapes import SymbolicValues
-from onnxslim_llm.ir.shapes.dims import Dim
+from onnxslim_llm.ir.shapes.dims import Dim, Expr
+from onnxslim_llm.ir.shapes.symbolic import UNKNOWN
 from onnxslim_llm.passes.lower.input_sizes import InputSizes
 from onnxslim_llm.rewrite.edit import Builder
 
@@ -54,7 +55,7 @@ class AttentionCall:
 
         def size(name: str, axis: int) -> Dim | None:
             shape = values.shape_of(inputs[name]) if name in inputs else None
-            return shape[axis] if shape is not None and len(shape) > 2 else None
+            return _known(shape[axis]) if shape is not None and len(shape) > 2 else None
 
         queries, new = size("Q", rows), size("K", rows)
         new = size("V", rows) if new is None else new
@@ -120,6 +121,11 @@ class AttentionCall:
         turned: gs.Variable = op.Transpose(split, perm=[0, 2, 1, 3])
         split.dtype = turned.dtype = tensor.dtype
         return turned
+
+
+def _known(dim: Dim) -> Dim | None:
+    """Return a size unless it is one that nothing names: two of those may be the same, or not."""
+    return None if isinstance(dim, Expr) and any(UNKNOWN in name for names, _ in dim.terms for name in names) else dim
 
 
 def _per_head(size: Dim | None, heads: int) -> Dim | None:
