@@ -33,6 +33,14 @@ __all__ = ["command"]
     help="Cache tensors as they are, or one buffer extended in place, or that in int8.",
 )
 @click.option("--opset", type=click.IntRange(min=1), metavar="N", help="Version of ai.onnx. [default: what is needed]")
+@click.option("--add-kv-cache", is_flag=True, help="Give a decoder that reads the whole text in every run a KV cache.")
+@click.option(
+    "--logits",
+    type=click.Choice(["all", "last"]),
+    default="all",
+    show_default=True,
+    help="Logits of every token, or of the last one: all that generating needs.",
+)
 @click.option("--jobs", type=click.IntRange(min=1), help="Threads. [default: all usable CPUs]")
 @click.option("--memory-limit", metavar="SIZE", callback=size_option, help="Memory for weights in work, like 800MB.")
 @click.option(
@@ -49,6 +57,8 @@ def command(
     settings: tuple[str, ...],
     calib: Path | None,
     kv_cache: Literal["separate", "shared", "int8"],
+    add_kv_cache: bool,
+    logits: Literal["all", "last"],
     opset: int | None,
     jobs: int | None,
     memory_limit: int | None,
@@ -76,6 +86,8 @@ def command(
                 settings=settings,
                 calib=calib,
                 kv_cache=kv_cache,
+                add_kv_cache=add_kv_cache,
+                logits=logits,
                 opset=opset,
                 jobs=jobs,
                 memory_limit=memory_limit,

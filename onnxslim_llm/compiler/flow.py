@@ -39,6 +39,7 @@ __all__ = ["MODEL_NAME", "CompileResult", "compile"]
 MODEL_NAME = "model.onnx"
 STATISTICS_NAME = "statistics"  # a folder of the work in progress; never part of an artifact
 VerifyLevel = Literal["fast", "full", "off"]
+Logits = Literal["all", "last"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ def compile(  # noqa: A001
     jobs: int | None = None,
     memory_limit: int | None = None,
     kv_cache: KvCache = "separate",
+    add_kv_cache: bool = False,
+    logits: Logits = "all",
     opset: int | None = None,
     verify: VerifyLevel = "fast",
     resume: bool = False,
@@ -85,6 +88,8 @@ def compile(  # noqa: A001
         memory_limit: Bytes of weights in work at a time.
         kv_cache: "separate": cache inputs and outputs as in the source. "shared": each pair is one buffer, extended in
             place. "int8": that, with int8 entries; the loss is what `verify` in the manifest says.
+        add_kv_cache: Give a decoder that reads the whole text in every run a KV cache.
+        logits: "last": of the last token only, which is all that generating needs.
         opset: Version of ai.onnx that the model is converted to before it is lowered to the target's operators;
             default: what the passes need.
         verify: Compare source and artifact in the target's runtime: a few inputs ("fast"), many, and after every pass
@@ -105,6 +110,8 @@ def compile(  # noqa: A001
     _check_level(verify)
     if kv_cache not in get_args(KvCache):
         raise UsageError(f"unknown kind of cache '{kv_cache}'", where="--kv-cache", todo="use separate, shared or int8")
+    if logits not in get_args(Logits):
+        raise UsageError(f"'{logits}' logits are unknown", where="--logits", todo="use all or last")
     path = resolve_model_path(source)
     folder = Path(source).is_dir()
     goal = get_target(target)
@@ -122,7 +129,7 @@ def compile(  # noqa: A001
         if chosen is None:
             chosen, why = default_recipe(model)
             account.note(why)
-        chosen = chosen.with_settings(settings)
+        chosen = chosen.with_fusions(_wanted_fusions(add_kv_cache, logits)).with_settings(settings)
         if kv_cache == "int8" and chosen.gates == "lossless":
             chosen = chosen.model_copy(update={"gates": "int8"})
         account.recipe = chosen
@@ -187,6 +194,12 @@ def _does_not_run(guilty: Pass, error: ModelError) -> CompilerBug:
 
 def _load_recipe(recipe: str | Path | Recipe | None) -> Recipe | None:
     return recipe if recipe is None or isinstance(recipe, Recipe) else Recipe.load(recipe)
+
+
+def _wanted_fusions(add_kv_cache: bool, logits: Logits) -> list[str]:
+    """Return the passes that change what the model takes and gives, as the user asked for."""
+    wanted = ["add_kv_cache", "cleanup"] if add_kv_cache else []
+    return [*wanted, "keep_last_logits"] if logits == "last" else wanted
 
 
 def _identity(target: Target, recipe: Recipe, kv_cache: KvCache, opset: int | None) -> dict[str, object]:
