@@ -15,6 +15,7 @@ import onnx
 
 from onnxslim_llm.errors import ModelError
 from onnxslim_llm.ir.metadata import IN_PLACE_CACHE
+from onnxslim_llm.runtime.head_size import declared_head_size
 from onnxslim_llm.runtime.session import Dim, Session, TensorInfo, inputs_of, outputs_of
 
 __all__ = ["CachePair", "DecoderSignature", "Extra", "cache_slot", "find_decoder"]
@@ -127,7 +128,9 @@ def find_decoder(model: Session | onnx.ModelProto) -> tuple[DecoderSignature | N
     (`DecoderRunner.is_causal`).
     """
     try:
-        return replace(_match(inputs_of(model), outputs_of(model)), in_place=IN_PLACE_CACHE in _metadata(model)), ""
+        head_size = declared_head_size(model.where) if isinstance(model, Session) else None
+        signature = _match(inputs_of(model), outputs_of(model), head_size)
+        return replace(signature, in_place=IN_PLACE_CACHE in _metadata(model)), ""
     except _RefusalError as refusal:
         return None, str(refusal)
 
@@ -138,7 +141,7 @@ def _metadata(model: Session | onnx.ModelProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
-def _match(inputs: tuple[TensorInfo, ...], outputs: tuple[TensorInfo, ...]) -> DecoderSignature:
+def _match(inputs: tuple[TensorInfo, ...], outputs: tuple[TensorInfo, ...], head_size: int | None) -> DecoderSignature:
     ids = _token_ids(inputs)
     mask, positions = _one(inputs, _MASK), _one(inputs, _POSITIONS)
     named = {info.name for info in (ids, mask, positions) if info}
@@ -150,7 +153,7 @@ def _match(inputs: tuple[TensorInfo, ...], outputs: tuple[TensorInfo, ...]) -> D
             raise _RefusalError(f"input '{info.name}' belongs to an encoder-decoder model")
         if not _PAST_WORD.search(info.name):
             raise _RefusalError(f"input '{info.name}' is none that a decoder has")
-    caches, presents = _pair(rest, outputs)
+    caches, presents = _pair(rest, outputs, head_size)
     logits = _logits(outputs, presents, bool(caches))
     _check_types(ids, mask, positions)
     id_dims, logit_dims = ids.shape or (None, None), logits.shape or ()
@@ -219,7 +222,9 @@ def cache_slot(name: str) -> tuple[int, str] | None:
     return int(number.group()), {"k": "key", "v": "value"}[part.group(1)[0].lower()] if part else ""
 
 
-def _pair(rest: list[TensorInfo], outputs: tuple[TensorInfo, ...]) -> tuple[tuple[CachePair, ...], frozenset[str]]:
+def _pair(
+    rest: list[TensorInfo], outputs: tuple[TensorInfo, ...], head_size: int | None
+) -> tuple[tuple[CachePair, ...], frozenset[str]]:
     """Match past inputs with present outputs; the second result names all outputs that look like a cache."""
     presents: dict[tuple[int, str], TensorInfo] = {}
     for info in outputs:
@@ -231,16 +236,18 @@ def _pair(rest: list[TensorInfo], outputs: tuple[TensorInfo, ...]) -> tuple[tupl
         key = cache_slot(info.name)
         if key is None or key not in presents:
             raise _RefusalError(f"cache input '{info.name}' has no output that continues it")
-        pairs.append(_cache(info, presents[key]))
+        pairs.append(_cache(info, presents[key], head_size))
     return tuple(pairs), frozenset(info.name for info in presents.values())
 
 
-def _cache(past: TensorInfo, present: TensorInfo) -> CachePair:
+def _cache(past: TensorInfo, present: TensorInfo, head_size: int | None) -> CachePair:
     dims, after = past.shape or (), present.shape or ()
     if len(dims) not in (3, 4, 5):
         raise _RefusalError(f"cache input '{past.name}' has the shape {list(dims)}")
     batch = 1 if len(dims) == 5 and dims[0] == 2 else 0
     known: list[Dim] = [d if isinstance(d, int) or len(after) != len(dims) else after[i] for i, d in enumerate(dims)]
+    if len(known) == 4 and not isinstance(known[-1], int):
+        known[-1] = head_size
     free = [i for i, d in enumerate(known) if i != batch and not isinstance(d, int)]
     if not free:
         raise _RefusalError(f"cache input '{past.name}' has a fixed size {list(dims)}: static caches are not run yet")
