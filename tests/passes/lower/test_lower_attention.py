@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
-from attention_models import ATOL, assert_same, attention_model, feeds_for, run
+from lowered_attention import ATOL, assert_same, attention_model, feeds_for, run
 
 from onnxslim_llm.concepts.attention import AttentionForm
 from onnxslim_llm.ir.model import Model
