@@ -3,8 +3,8 @@
     python benchmarks/custom_ops/node_overhead.py
 
 Prints microseconds per node, the median of interleaved rounds, for a node that wakes the session's threads up and one
-that does not, on one and two threads. A node of ONNX Runtime's own (Identity on 4 floats, which copies) is beside it, so
-that what the executor itself takes can be told apart.
+that does not, on one and two threads. A node of ONNX Runtime's own (Identity on 4 floats, which copies) is beside it,
+so that what the executor itself takes can be told apart.
 """
 
 from __future__ import annotations

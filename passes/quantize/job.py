@@ -12,6 +12,7 @@ from onnx import TensorProto
 
 from onnxslim_llm.concepts.block_weights import BlockJob, BlockLayout, WeightScheme
 from onnxslim_llm.custom_ops import available
+from onnxslim_llm.custom_ops.packing import pack_bits
 from onnxslim_llm.custom_ops.quantize import BlockSpec, Layout, TileBuffers, column_alignment, quantize_tile
 from onnxslim_llm.errors import ModelError
 from onnxslim_llm.ir.weights.dtypes import bits_of
@@ -175,8 +176,10 @@ class QuantizeJob(BlockJob):
         bits, n = self.scheme.bits, codes.shape[0]
         blocks = -(-self.rows // self.stored_block)
         zero = np.full(n, 1 << bits - 1, np.uint8) if zeros is None else zeros[:, 0] & ((1 << bits) - 1)
-        filler = _repeat_code(zero, bits)[:, None]
-        wide = np.repeat(filler, blocks * self.stored_block * bits // 8, axis=1)
+        filler = pack_bits(
+            np.repeat(zero[:, None], _BYTE, axis=1), bits
+        )  # 8 codes fill whole bytes, whatever their width
+        wide = np.tile(filler, (1, blocks * self.stored_block // _BYTE))
         codes = codes.reshape(n, -1)
         whole, rest = divmod(self.rows * bits, 8)
         wide[:, :whole] = codes[:, :whole]
@@ -185,7 +188,7 @@ class QuantizeJob(BlockJob):
             wide[:, whole] = (codes[:, whole] & low) | (wide[:, whole] & ~low)
         result = [wide, np.repeat(scales, blocks, axis=1)]
         if zeros is not None:
-            result.append(np.repeat(filler, _bytes(blocks * bits), axis=1))
+            result.append(pack_bits(np.repeat(zero[:, None], blocks, axis=1), bits))
         return result
 
     def _writes(self, index: int, array: np.ndarray[Any, Any], tile: Tile) -> list[tuple[int, int, Any]]:
@@ -207,14 +210,6 @@ class QuantizeJob(BlockJob):
 def _cheapest_block(rows: int, bits: int) -> int:
     """Return the block with which a column takes the fewest bytes: long ones save scales, short ones padding."""
     return min(_FAST_BLOCKS[bits], key=lambda block: -(-rows // block) * (block * bits // 8 + 4))
-
-
-def _repeat_code(code: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
-    """Return bytes full of the given codes."""
-    byte = code.astype(np.uint8)
-    for shift in range(bits, 8, bits):
-        byte |= code.astype(np.uint8) << np.uint8(shift)
-    return byte
 
 
 def _bytes(bits: int) -> int:
