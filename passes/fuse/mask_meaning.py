@@ -56,8 +56,8 @@ OPERATORS = frozenset(
     for word in line.split()
 )
 
-PaddingRule = Literal["nonzero", "one"]
-"""Which entries v of the padding mask leave a key visible: v != 0, or v == 1."""
+PaddingRule = Literal["nonzero", "positive", "one"]
+"""Which entries v of the padding mask leave a key visible: v != 0, v > 0, or v == 1."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def read_mask(observations: Sequence[Observation]) -> Reading | Unclear:
     causal, window = _band(observations, seen)
     low = _lowest(observations, seen)
     depends = any(o.padding is not None and not o.plain for o in observations)
-    rules: tuple[PaddingRule | None, ...] = (None, "nonzero", "one") if depends else (None,)
+    rules: tuple[PaddingRule | None, ...] = (None, "nonzero", "positive", "one") if depends else (None,)
     for rule in rules:
         reading = Reading(causal, window, rule, low)
         if all(_agrees(reading, o, v) for o, v in zip(observations, seen, strict=True)):
@@ -199,5 +199,5 @@ def _agrees(reading: Reading, observation: Observation, visible: NDArray[Any]) -
 
 
 def _shown(rule: PaddingRule, padding: NDArray[Any]) -> NDArray[Any]:
-    shown: NDArray[Any] = padding != 0 if rule == "nonzero" else padding == 1
-    return shown
+    shown: dict[PaddingRule, NDArray[Any]] = {"nonzero": padding != 0, "positive": padding > 0, "one": padding == 1}
+    return shown[rule]

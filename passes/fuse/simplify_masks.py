@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from onnx import TensorProto
 
 from onnxslim_llm.concepts.attention import AttentionForm, attention_form, call_attention, is_attention
 from onnxslim_llm.concepts.concept import drop_unused_functions, replace_nodes
 from onnxslim_llm.ir.shapes import SymbolicValues, infer_shapes
 from onnxslim_llm.ir.topology import sort_nodes
 from onnxslim_llm.passes.fuse.mask_axes import attention_axes
-from onnxslim_llm.passes.fuse.mask_meaning import Unclear
+from onnxslim_llm.passes.fuse.mask_meaning import PaddingRule, Unclear
 from onnxslim_llm.passes.fuse.mask_points import Axes
 from onnxslim_llm.passes.fuse.mask_proof import Proven, prove_mask
 from onnxslim_llm.passes.fuse.mask_terms import Split, split_bias
@@ -143,16 +144,11 @@ class _Work:
         key = (id(padding), reading.padding, low, dtype)
         if key not in self._biases:
             op = Builder(self.model, f"{padding.name}/bias")
-            if reading.padding == "one":
-                visible = op.Equal(padding, np.ones((), padding.dtype))
-            elif padding.dtype == np.bool_:
-                visible = padding
-            else:
-                visible = op.Cast(padding, to=9)
+            visible = _visible(op, padding, reading.padding)
             values = op.Where(visible, np.zeros((), dtype), np.array(low, dtype))
             self._biases[key] = op.Unsqueeze(values, [1, 2])
             for node in op.nodes:
-                node.outputs[0].dtype = dtype if node.op != "Cast" and node.op != "Equal" else np.dtype(bool)
+                node.outputs[0].dtype = dtype if node.op in ("Where", "Unsqueeze") else np.dtype(bool)
             self._fresh += op.nodes
         return self._biases[key]
 
@@ -205,6 +201,20 @@ class _Work:
 
 #: Cast, Where, Unsqueeze: what the bias of a padding mask takes.
 _PADDING_NODES = 3
+
+
+def _visible(op: Builder, padding: gs.Variable, rule: PaddingRule | None) -> gs.Tensor:
+    """Return the padding mask as booleans, true where a key is visible."""
+    if padding.dtype == np.bool_:
+        return padding
+    seen: gs.Variable
+    if rule == "one":
+        seen = op.Equal(padding, np.ones((), padding.dtype))
+    elif rule == "positive":
+        seen = op.Greater(padding, np.zeros((), padding.dtype))
+    else:
+        seen = op.Cast(padding, to=TensorProto.BOOL)
+    return seen
 
 
 def _ids(nodes: Iterable[gs.Node]) -> set[int]:

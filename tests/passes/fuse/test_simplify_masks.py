@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from mask_models import (
+    ATOL,
     CACHE,
     CAUSAL,
     CROSS,
@@ -14,6 +15,7 @@ from mask_models import (
     SHORT_RANGES,
     assert_equal_rows,
     attention_model,
+    feeds_for,
     flags,
     form_of,
     session,
@@ -59,6 +61,20 @@ def test_causal_and_padding_leave_three_nodes() -> None:
     model = simplified(attention_model(CACHE, f"{RANGES} {CAUSAL} {PADDING} seen = And (causal, padding) {BIAS_4D}"))
     assert flags(model) == AttentionForm(causal=True, bias=True)
     assert ops(model) == ["Cast", "Where", "Unsqueeze"]
+
+
+@pytest.mark.parametrize(
+    ("test", "op"), [("Cast <to = 9> (attention_mask)", "Cast"), ("Greater (attention_mask, i0)", "Greater")]
+)
+def test_what_odd_entries_mean_is_kept(test: str, op: str) -> None:
+    """Only 0 and 1 are ever fed; -1 and 2 still mean afterwards what they meant before."""
+    nodes = f"{RANGES} {CAUSAL} padding_2d = {test} padding = Unsqueeze (padding_2d, v12) seen = And (causal, padding)"
+    model = attention_model(CACHE, f"{nodes} {BIAS_4D}")
+    before = model.copy()
+    assert simplify(model)
+    assert ops(model) == [op, "Where", "Unsqueeze"]
+    feeds = feeds_for(before, {"B": 1, "S": 3, "P": 1, "T": 4}, np.array([[1, 2, -1, 1]]))
+    np.testing.assert_allclose(session(model).run(None, feeds)[0], session(before).run(None, feeds)[0], atol=ATOL)
 
 
 def test_layers_share_the_bias() -> None:
