@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,11 +36,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     """Compile a model, once per set of options, and generate from it."""
     known: dict[tuple[object, ...], Artifact] = {}
 
-    def make(source: Path, target: str, recipe: str, settings: tuple[str, ...] = ()) -> Artifact:
-        key = (source, target, recipe, settings)
+    def make(source: Path, target: str, recipe: str, **options: Any) -> Artifact:
+        key = (source, target, recipe, *sorted(options.items()))
         if key not in known:
             folder = tmp_path_factory.mktemp("artifact") / "out"
-            compile_model(source, folder, target=target, recipe=recipe, settings=settings, verify="off")
+            compile_model(source, folder, target=target, recipe=recipe, verify="off", **options)
             runner = DecoderRunner(get_target(target).open(folder / "model.onnx", threads=1))
             # No special token in the prompt: clients make masks of these by themselves.
             prompt = np.random.default_rng(11).integers(5, min(runner.vocab, 250), 9).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,7 +50,21 @@ def test_exports_of_optimum(compiled: Compiled, name: str) -> None:
 
 def test_small_weights_of_an_export_of_optimum(compiled: Compiled) -> None:
     settings = ("quantize_weights.min_elements=0",)
-    artifact = compiled(model_path("llama", "optimum").parent, "ort-cpu", "int4", settings)
+    artifact = compiled(model_path("llama", "optimum").parent, "ort-cpu", "int4", settings=settings)
+    assert written(artifact) == artifact.expected
+
+
+@pytest.mark.parametrize("logits", ["all", "last"])
+def test_an_export_that_got_its_cache_from_us(compiled: Compiled, logits: str) -> None:
+    source = model_path("llama", "dynamo").parent
+    artifact = compiled(source, "ort-cpu", "safe", add_kv_cache=True, logits=logits)
+    assert written(artifact) == artifact.expected
+
+
+def test_one_buffer_for_past_and_present(compiled: Compiled) -> None:
+    artifact = compiled(model_path("llama", "optimum").parent, "ort-cpu", "safe", kv_cache="shared")
+    config = json.loads((artifact.folder / "genai_config.json").read_text())
+    assert config["search"]["past_present_share_buffer"] is True
     assert written(artifact) == artifact.expected
 
 
