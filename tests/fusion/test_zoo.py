@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from zoo.access import exported, model_path
+from zoo.census import count_nodes, fused_sites
 from zoo.equality import compare
-from zoo.families import FAMILIES, family
+from zoo.families import FAMILIES, LAYERS, Family, family
 
 # Runs in every test run; the rest, with the exports that take long, behind the marker.
 _REPRESENTATIVE = frozenset(
@@ -22,6 +25,10 @@ _REPRESENTATIVE = frozenset(
         ("bert", "optimum"),
     }
 )
+
+_LLAMA_NODES = 40  # of the 621 that Optimum writes; peers leave 238 or more
+_BRANCHES = "decoder_model_merged"
+_PER_LAYER = frozenset({"layer_types", "no_rope_layers"})
 
 Compiled = Callable[[Path], Path]
 
@@ -36,12 +43,51 @@ def _exports(*, refused: bool) -> Iterator[Any]:
                     yield pytest.param(*values, marks=marks, id="-".join(v for v in values if v != "model"))
 
 
+def _layered() -> list[Any]:
+    """Families with a limit of nodes a layer."""
+    names = [entry.name for entry in FAMILIES if entry.layer_nodes]
+    return [pytest.param(name, marks=() if name == "llama" else (pytest.mark.zoo,)) for name in names]
+
+
 @pytest.mark.parametrize(("name", "exporter", "part"), [*_exports(refused=False)])
 def test_the_compiled_model_computes_the_same(name: str, exporter: str, part: str, compiled: Compiled) -> None:
     source = model_path(name, exporter, part)
     compare(source, compiled(source)).check()
 
 
+@pytest.mark.parametrize(("name", "exporter", "part"), [*_exports(refused=False)])
+def test_every_site_is_fused(name: str, exporter: str, part: str, compiled: Compiled) -> None:
+    if part == _BRANCHES:
+        pytest.skip("both decoders are branches of an If, which fusion leaves alone")
+    artifact = onnx.load(compiled(model_path(name, exporter, part)), load_external_data=False)
+    assert fused_sites(artifact) == family(name).sites(part)
+
+
+@pytest.mark.parametrize("name", _layered())
+def test_a_layer_is_compact(name: str, compiled: Compiled) -> None:
+    entry = family(name)
+    deeper = replace(entry, config=_with_layers(entry.config, LAYERS + 1))
+    small, large = (onnx.load(compiled(_optimum(it)), load_external_data=False) for it in (entry, deeper))
+    assert count_nodes(large) - count_nodes(small) <= entry.layer_nodes
+
+
+def test_a_llama_of_two_layers_is_small(compiled: Compiled) -> None:
+    artifact = onnx.load(compiled(model_path("llama", "optimum")), load_external_data=False)
+    assert count_nodes(artifact) <= _LLAMA_NODES
+
+
+def _optimum(entry: Family) -> Path:
+    made = exported(entry, "optimum")
+    assert not made.failure
+    return made.path()
+
+
+def _with_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """`config` with more layers; lists with an entry a layer go on from the start."""
+    per_layer = {key: [*value, *value][:layers] for key, value in config.items() if key in _PER_LAYER}
+    return {**config, **per_layer, "num_hidden_layers": layers}
+
+
 @pytest.mark.parametrize(("name", "exporter"), [*_exports(refused=True)])
 def test_the_exporter_still_refuses(name: str, exporter: str) -> None:
-    assert family(name).refused[exporter] in exported(name, exporter).failure
+    assert family(name).refused[exporter] in exported(family(name), exporter).failure

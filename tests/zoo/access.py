@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from zoo.cache import Export, export
-from zoo.families import family
+from zoo.families import Family, family
 
 __all__ = ["exported", "model_path"]
 
@@ -27,17 +27,17 @@ def model_path(name: str, exporter: str, part: str = "model") -> Path:
     Raises:
         AssertionError: the exporter failed; with its message.
     """
-    made = exported(name, exporter)
+    made = exported(family(name), exporter)
     assert not made.failure, f"{exporter} cannot export {name}: {made.failure}"
     return made.path(part)
 
 
-def exported(name: str, exporter: str) -> Export:
-    """What `exporter` makes of family `name`; skips the test without its packages."""
+def exported(entry: Family, exporter: str) -> Export:
+    """What `exporter` makes of a family; skips the test without its packages."""
     for module in _NEEDS[exporter]:
         if not _installed(module):
             pytest.skip(f"{module} is not installed: pip install 'onnxslim-llm[hf,genai]'")
-    return export(family(name), exporter)
+    return export(entry, exporter)
 
 
 def _installed(module: str) -> bool:

@@ -77,6 +77,8 @@ class Family:
         note: what is special in the graph.
         norms: normalizations in the graph, of decoders and encoders.
         rotaries: rotary embeddings in the graph.
+        layer_nodes: largest number of nodes that one more layer may add to Optimum's export, compiled for ONNX Runtime;
+            0 if it is not checked.
         refused: exporters that cannot export it, and a part of what they say.
     """
 
@@ -88,6 +90,7 @@ class Family:
     note: str = ""
     norms: int = 2 * LAYERS + 1
     rotaries: int = 0
+    layer_nodes: int = 0
     refused: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -43,6 +43,7 @@ DECODERS: tuple[Family, ...] = (
         GQA,
         note="RMSNorm, half-rotated RoPE, GQA 4:2, SwiGLU",
         rotaries=_ROTARIES,
+        layer_nodes=13,
     ),
     Family(
         "llama3",
@@ -71,6 +72,7 @@ DECODERS: tuple[Family, ...] = (
         {**GQA, "sliding_window": WINDOW},
         note=f"llama with a sliding window of {WINDOW} in every layer",
         rotaries=_ROTARIES,
+        layer_nodes=13,
     ),
     Family(
         "qwen2",
@@ -78,14 +80,16 @@ DECODERS: tuple[Family, ...] = (
         GQA,
         note="llama with biases on Q, K and V",
         rotaries=_ROTARIES,
+        layer_nodes=14,
     ),
     Family(
         "qwen3",
         "Qwen3ForCausalLM",
-        {**GQA, "head_dim": 24},
+        {**GQA, "head_dim": 32},
         note="RMSNorm per head on Q and K; heads * head_dim > hidden",
         norms=4 * LAYERS + 1,
         rotaries=_ROTARIES,
+        layer_nodes=19,
     ),
     Family(
         "gemma",
@@ -93,6 +97,7 @@ DECODERS: tuple[Family, ...] = (
         {**_GEMMA, "num_key_value_heads": 1},
         note="embedding scaled, norms with 1 + weight, GeGLU tanh, MQA, tied lm_head",
         rotaries=_ROTARIES,
+        layer_nodes=13,
     ),
     Family(
         "gemma2",
@@ -125,7 +130,7 @@ DECODERS: tuple[Family, ...] = (
     Family(
         "phi",
         "PhiForCausalLM",
-        {**BASE, "partial_rotary_factor": 0.5},
+        {**BASE, "num_attention_heads": 2, "partial_rotary_factor": 0.5},
         note="one LayerNorm feeds attention and MLP in parallel, partial RoPE, biases everywhere, also on lm_head",
         norms=LAYERS + 1,
         rotaries=_ROTARIES,
@@ -136,6 +141,7 @@ DECODERS: tuple[Family, ...] = (
         {**GQA, "sliding_window": None, "original_max_position_embeddings": CONTEXT},
         note="packed QKV and packed gate/up in the source",
         rotaries=_ROTARIES,
+        layer_nodes=16,
     ),
     Family(
         "phi3-longrope",
@@ -197,6 +203,7 @@ DECODERS: tuple[Family, ...] = (
         norms=4 * LAYERS + 1,
         rotaries=_ROTARIES,
         refused=_UNKNOWN_TO_GENAI,
+        layer_nodes=17,
     ),
     Family(
         "granite",
@@ -210,6 +217,7 @@ DECODERS: tuple[Family, ...] = (
         },
         note="llama with multipliers on embedding, residuals, scores and logits",
         rotaries=_ROTARIES,
+        layer_nodes=15,
     ),
     Family(
         "smollm3",
@@ -218,6 +226,7 @@ DECODERS: tuple[Family, ...] = (
         note="no RoPE in layer 1",
         rotaries=2,
         refused={"genai": "position_ids"},
+        layer_nodes=13,
     ),
     Family(
         "stablelm",
