@@ -6,8 +6,10 @@
 namespace osl {
 namespace OSL_ISA {
 
-// How far ahead of the reads the strip is fetched. Hardware prefetching alone stops at every page.
-constexpr int32_t kPrefetchBytes = 16 * 576;
+// How far ahead of the reads a strip is fetched, into the second-level and the first-level cache. Hardware prefetching
+// alone stops at every page (measured on Sapphire Rapids: three and eight chunks of block 32).
+constexpr int32_t kFetchNear = 3 * 576;
+constexpr int32_t kFetchFar = 8 * 576;
 
 // Codes of 32 rows, 4 rows in each vector: w[j] holds rows 4 j.
 template <bool kFourBits>
@@ -88,8 +90,10 @@ static void int8_rows(const PackedWeight& w, const uint8_t* strip, const Int8Row
     const int32_t halves = w.chunk_rows / kDotRows;
     int64_t k = 0;
     for (int32_t c = 0; c < w.chunks; c++, strip += w.chunk_bytes) {
-        for (int32_t line = 0; line < w.chunk_bytes; line += 64)
-            _mm_prefetch((const char*)strip + kPrefetchBytes + line, _MM_HINT_T1);
+        for (int32_t line = 0; line < w.chunk_bytes; line += 64) {
+            _mm_prefetch((const char*)strip + kFetchNear + line, _MM_HINT_T0);
+            _mm_prefetch((const char*)strip + kFetchFar + line, _MM_HINT_T1);
+        }
         for (int32_t half = 0; half < halves; half++, k += kDotRows)
             add_half<kRows, kFourBits, kShortBlocks, kZeroPoints>(w, strip, half, a, k, r, sum);
     }

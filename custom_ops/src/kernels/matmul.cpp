@@ -69,7 +69,7 @@ int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t kUnitsPerThread = 4;
 
 // Rows from which on dequantizing to bfloat16 for AMX beats exact sums with VNNI (measured).
-constexpr int64_t kAmxRows = 32;
+constexpr int64_t kAmxRows = 17;
 
 int32_t method_of(const MatMulProblem& p, KernelIsa isa) {
     if (p.accuracy != kExact && isa == kIsaAmx && p.m >= kAmxRows) return kMethodAmxBf16;
