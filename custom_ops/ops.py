@@ -171,7 +171,9 @@ def _infer_gather(context: onnx.shape_inference.InferenceContext) -> None:
 def _infer_last_dimension(
     context: onnx.shape_inference.InferenceContext, source: int, size: int, *, replace: bool
 ) -> None:
-    found = context.get_input_type(source)
+    found: onnx.TypeProto | None = context.get_input_type(source)
+    if found is None:  # what makes the input is not known to onnx
+        return
     made = onnx.TypeProto()
     made.tensor_type.elem_type = found.tensor_type.elem_type if replace else onnx.TensorProto.FLOAT
     if found.tensor_type.HasField("shape") and size > 0:

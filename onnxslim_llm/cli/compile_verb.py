@@ -41,6 +41,7 @@ __all__ = ["command"]
     show_default=True,
     help="Logits of every token, or of the last one: all that generating needs.",
 )
+@click.option("--bundle-ops", is_flag=True, help="Put the operator library of target ort-cpu-ops into DIR.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Threads. [default: all usable CPUs]")
 @click.option("--memory-limit", metavar="SIZE", callback=size_option, help="Memory for weights in work, like 800MB.")
 @click.option(
@@ -60,6 +61,7 @@ def command(
     add_kv_cache: bool,
     logits: Literal["all", "last"],
     opset: int | None,
+    bundle_ops: bool,
     jobs: int | None,
     memory_limit: int | None,
     verify: Literal["fast", "full", "off"],
@@ -89,6 +91,7 @@ def command(
                 add_kv_cache=add_kv_cache,
                 logits=logits,
                 opset=opset,
+                bundle_ops=bundle_ops,
                 jobs=jobs,
                 memory_limit=memory_limit,
                 verify=verify,

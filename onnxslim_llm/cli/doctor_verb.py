@@ -93,9 +93,14 @@ def _libraries() -> list[_Check]:
 
 def _native() -> list[_Check]:
     from onnxslim_llm import custom_ops
+    from onnxslim_llm.custom_ops import ops
 
     # Without it everything works, an order of magnitude slower: no reason to fail.
-    return [_Check("kernels", "ok" if custom_ops.available() else "optional", custom_ops.describe())]
+    library = ops.library_path()
+    return [
+        _Check("kernels", "ok" if custom_ops.available() else "optional", custom_ops.describe()),
+        _Check("operators", "ok" if library else "optional", str(library or f"{ops.LIBRARY_NAME} was not built")),
+    ]
 
 
 def _runtime() -> list[_Check]:

@@ -17,6 +17,7 @@ from onnxslim_llm.artifact.manifest import MANIFEST_NAME, REPORT_NAME, Manifest,
 from onnxslim_llm.artifact.sidefiles import carry_side_files
 from onnxslim_llm.artifact.staging import Staging
 from onnxslim_llm.compiler.account import Account, make_manifest
+from onnxslim_llm.compiler.bundle import bundle_operators, check_library
 from onnxslim_llm.compiler.calibration import SELF, Calibrator
 from onnxslim_llm.compiler.client_files import write_client_files
 from onnxslim_llm.compiler.defaults import default_output, default_recipe
@@ -69,6 +70,7 @@ def compile(  # noqa: A001
     add_kv_cache: bool = False,
     logits: Logits = "all",
     opset: int | None = None,
+    bundle_ops: bool = False,
     verify: VerifyLevel = "fast",
     resume: bool = False,
     force: bool = False,
@@ -92,6 +94,7 @@ def compile(  # noqa: A001
         logits: "last": of the last token only, which is all that generating needs.
         opset: Version of ai.onnx that the model is converted to before it is lowered to the target's operators;
             default: what the passes need.
+        bundle_ops: Put the operator library beside a model that needs it, for runtimes that look for it there.
         verify: Compare source and artifact in the target's runtime: a few inputs ("fast"), many, and after every pass
             ("full"), or not at all ("off": then the source's external data are not hashed either).
         resume: Go on from an interrupted compile of the same model and recipe.
@@ -116,6 +119,7 @@ def compile(  # noqa: A001
     folder = Path(source).is_dir()
     goal = get_target(target)
     check_opset(goal, opset)
+    check_library(bundle_ops)
     chosen = _load_recipe(recipe)
     account = Account(source=path, target=goal.name, threads=jobs or usable_cpus())
     with (
@@ -152,14 +156,15 @@ def compile(  # noqa: A001
         quality = judge.measure(staging.directory / MODEL_NAME)
         written, remarks = write_client_files(staging.directory / MODEL_NAME, path.parent)
         carried, notes = carry_side_files(path.parent, staging.directory, only_known=not folder)
-        account.notes += [*remarks, *notes, *judge.notes, *calibrator.notes]
+        bundled, needs = bundle_operators(staging.directory / MODEL_NAME, bundle_ops)
+        account.notes += [*remarks, *notes, *needs, *judge.notes, *calibrator.notes]
         progress.stage("report")
         manifest = make_manifest(
             account,
             staging.directory,
             source_hashes.result(),
             artifact_names=job.report_names,
-            carried=[*written, *carried],
+            carried=[*written, *carried, *bundled],
             verify=verified,
             quality=quality,
             seconds=time.perf_counter() - start,

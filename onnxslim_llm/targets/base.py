@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onnxslim_llm.custom_ops import ops
 from onnxslim_llm.errors import ResourceError, UsageError
 from onnxslim_llm.targets.lint import Violation, lint_model
 
@@ -30,6 +31,7 @@ class Target:
         domains: Operator domains that artifacts may use; "" is ai.onnx.
         min_opset, max_opset: Range of the ai.onnx version.
         weight_bits: Widths of quantized weights that artifacts can store.
+        needs_operators: Artifacts need the project's own operator library.
         session_config: Session options that an artifact is opened with, and that deployments should use.
     """
 
@@ -41,14 +43,18 @@ class Target:
     min_opset: int = 1
     max_opset: int = 26  # what onnxruntime 1.31 opens
     weight_bits: tuple[int, ...] = ()
+    needs_operators: bool = False
     session_config: Mapping[str, str] = field(default_factory=dict)
 
     def installed(self) -> tuple[bool, str]:
         """Return whether artifacts can be run here, and the runtime's version or what is missing."""
         try:
-            return True, f"{self.package} {version(self.package)}"
+            found = f"{self.package} {version(self.package)}"
         except PackageNotFoundError:
             return False, f"{self.package} is not installed"
+        if self.needs_operators and ops.library_path() is None:
+            return False, f"{ops.LIBRARY_NAME} was not built here"
+        return True, found
 
     def open(self, path: str | Path, *, threads: int = 0) -> Session:
         """Open an artifact in the target's own runtime, as it will be deployed.
@@ -65,7 +71,9 @@ class Target:
 
         there, what = self.installed()
         if not there:
-            raise ResourceError(what, where=f"target '{self.name}'", todo=f"pip install {self.package}")
+            reinstall = "reinstall onnxslim-llm with a C++ compiler"
+            todo = reinstall if ops.LIBRARY_NAME in what else f"pip install {self.package}"
+            raise ResourceError(what, where=f"target '{self.name}'", todo=todo)
         return open_session(path, threads=threads, config=self.session_config)
 
     def check_opset(self, version: int) -> None:

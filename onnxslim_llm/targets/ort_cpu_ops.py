@@ -26,4 +26,5 @@ ORT_CPU_OPS = Target(
     domains=("", "com.microsoft", "onnxslim_llm.ops"),
     min_opset=1,
     weight_bits=(2, 3, 4, 8),
+    needs_operators=True,
 )

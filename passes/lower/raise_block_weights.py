@@ -113,20 +113,23 @@ class _Raising:
 
     def replace(self, found: list[tuple[gs.Graph, StoredNode]]) -> None:
         outputs = graph_output_ids(self.model)
-        for graph, stored in found:
-            node, result, inputs = stored.node, stored.result, list(stored.node.inputs)
-            for old in (node, *stored.absorbed):
+        before = [list(stored.node.inputs) for _, stored in found]
+        results = [stored.result for _, stored in found]
+        for _, stored in found:
+            for old in (stored.node, *stored.absorbed):
                 detach(old)
                 self._removed.append(old)
                 self.replaced[id(old)] = []
-            op = Builder(self.model, node.name or result.name)
+        self._taken |= {tensor.name for inputs in before for tensor in inputs if tensor.outputs}  # others read it
+        for (graph, stored), inputs, result in zip(found, before, results, strict=True):
+            op = Builder(self.model, stored.node.name or result.name)
             value = self._look_up(op, graph, stored) if stored.is_gather else self._multiply(op, graph, stored)
             assert op.nodes[-1].outputs[0] is value
             op.nodes[-1].outputs[0] = result
-            self.replaced[id(node)] = op.nodes
-            self.change.sites.append(node.name or result.name)
-            before = [tensor.inputs[0] for tensor in inputs if isinstance(tensor, gs.Variable) and tensor.inputs]
-            for dead in remove_dead(before, outputs):  # conversions of scales
+            self.replaced[id(stored.node)] = op.nodes
+            self.change.sites.append(stored.node.name or result.name)
+            producers = [tensor.inputs[0] for tensor in inputs if isinstance(tensor, gs.Variable) and tensor.inputs]
+            for dead in remove_dead(producers, outputs):  # conversions of scales
                 self._removed.append(dead)
                 self.replaced[id(dead)] = []
         replace_nodes(self.model, self.replaced)

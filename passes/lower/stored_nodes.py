@@ -12,7 +12,8 @@ from onnx import TensorProto
 from onnxslim_llm.concepts.block_weights import Accuracy
 from onnxslim_llm.custom_ops import ops
 from onnxslim_llm.ir.ownership import is_overridable
-from onnxslim_llm.ir.weights import SparseWeight, Weight, dtypes, weight_of
+from onnxslim_llm.ir.weights import SparseWeight, Weight, weight_of
+from onnxslim_llm.passes.lower.element_types import element_type
 from onnxslim_llm.passes.lower.stored_job import StoredJob
 from onnxslim_llm.passes.lower.stored_sources import NBitsSource, PackedSource, StoredSource
 from onnxslim_llm.rewrite.constants import constant_value
@@ -170,8 +171,8 @@ def _matmul_packed(node: gs.Node) -> StoredNode:
     if sources[0].packed_scheme.paired != (halves == 2):
         raise _CannotError("activation and weight do not agree on whether there is a gate")
     _check_sizes(node, sources[0])
-    operand = node.inputs[0]
-    if operand.dtype is None:
+    operand, compute_type = node.inputs[0], element_type(node.inputs[0])
+    if compute_type is None:
         raise _CannotError("the type of its operand is unknown")
     u, v = inputs[4], inputs[5]
     return StoredNode(
@@ -179,7 +180,7 @@ def _matmul_packed(node: gs.Node) -> StoredNode:
         operand,
         sources,
         _names([inputs[1]]),
-        dtypes.onnx_dtype(operand.dtype),
+        compute_type,
         accuracy,
         activation,
         bias=inputs[2],
