@@ -27,6 +27,8 @@ class AttentionCall:
         inputs, outputs: Its tensors by formal name.
         q_heads, kv_heads, scale, softcap, window: Its attributes.
         batch, queries, past, keys: B, S, P and T as far as they are known; `past` is 0 without a cache.
+        columns: T as the bias has it: the same number, though a name of its own ("total_sequence_length") may stand
+            for it.
     """
 
     node: gs.Node
@@ -42,6 +44,7 @@ class AttentionCall:
     queries: Dim | None
     past: Dim | None
     keys: Dim | None
+    columns: Dim | None
     head_size: Dim | None
     value_size: Dim | None
 
@@ -76,6 +79,7 @@ class AttentionCall:
             queries=queries,
             past=past,
             keys=None if past is None or new is None else past + new,
+            columns=_columns(values, inputs.get("bias")),
             head_size=_per_head(size("Q", -1), 1 if form.heads_major else q_heads),
             value_size=_per_head(size("V", -1), 1 if form.heads_major else kv_heads),
         )
@@ -86,9 +90,14 @@ class AttentionCall:
         known = self.queries is not None and self.past is not None
         return self.form.past or (known and self.keys == self.queries)
 
+    def total(self, sizes: InputSizes) -> gs.Tensor | None:
+        """Return T, or None if no input has it."""
+        found = sizes.of(self.columns)
+        return sizes.of(self.keys) if found is None else found
+
     def size(self, sizes: InputSizes, op: Builder, which: str) -> gs.Tensor:
         """Return S ("queries"), T ("keys") or B ("batch") as a tensor [1]."""
-        found = sizes.of(getattr(self, which))
+        found = self.total(sizes) if which == "keys" else sizes.of(getattr(self, which))
         if found is not None:
             return found
         rows = 2 if self.form.heads_major else 1
@@ -126,6 +135,11 @@ class AttentionCall:
 def _known(dim: Dim) -> Dim | None:
     """Return a size unless it is one that nothing names: two of those may be the same, or not."""
     return None if isinstance(dim, Expr) and any(UNKNOWN in name for names, _ in dim.terms for name in names) else dim
+
+
+def _columns(values: SymbolicValues, bias: gs.Tensor | None) -> Dim | None:
+    shape = None if bias is None else values.shape_of(bias)
+    return None if not shape or shape[-1] == 1 else _known(shape[-1])
 
 
 def _per_head(size: Dim | None, heads: int) -> Dim | None:

@@ -75,8 +75,8 @@ class Masks:
     ) -> gs.Tensor:
         """Make a tensor, or return the one that was made for a call of the same sizes."""
         dtype = np.dtype(self._dtype(call) if dtype is None else dtype)
-        key = (*key, call.queries, call.keys, dtype)
-        shared = self._sizes.of(call.queries) is not None and self._sizes.of(call.keys) is not None
+        key = (*key, call.queries, call.keys, call.columns, dtype)
+        shared = self._sizes.of(call.queries) is not None and call.total(self._sizes) is not None
         if not shared or key not in self._made:
             tensor = make()
             tensor.dtype = dtype
@@ -97,12 +97,12 @@ class Masks:
             return False
         return all(
             dim == wanted or (isinstance(dim, int) and dim != 1)
-            for dim, wanted in ((shape[-2], call.queries), (shape[-1], call.keys))
+            for dim, wanted in ((shape[-2], call.queries), (shape[-1], call.columns))
         )
 
     def _expanded(self, op: Builder, call: AttentionCall, bias: gs.Tensor, shape: tuple[Dim, ...] | None) -> gs.Tensor:
         one = np.array([1], np.int64)
-        wide = shape is not None and len(shape) > 0 and shape[-1] == call.keys
+        wide = shape is not None and len(shape) > 0 and shape[-1] == call.columns
         columns = one if wide else call.size(self._sizes, op, "keys")
         target = op.Concat(one, one, call.size(self._sizes, op, "queries"), columns, axis=0)
         target.dtype, target.shape = np.dtype(np.int64), [4]

@@ -31,7 +31,7 @@ class Lengths:
 
     def of(self, op: Builder, call: AttentionCall) -> tuple[gs.Tensor, gs.Tensor]:
         """Return (seqlens_k, total_sequence_length)."""
-        key = (call.batch, call.keys)
+        key = (call.batch, call.keys, call.columns)
         if key in self._made:
             return self._made[key]
         total = op.Cast(call.size(self._sizes, op, "keys"), to=TensorProto.INT32)
@@ -39,7 +39,7 @@ class Lengths:
         lengths = op.Expand(last, call.size(self._sizes, op, "batch"))
         for tensor in (total, last, lengths):
             tensor.dtype = np.dtype(np.int32)
-        if self._sizes.of(call.batch) is not None and self._sizes.of(call.keys) is not None:
+        if self._sizes.of(call.batch) is not None and call.total(self._sizes) is not None:
             self._made[key] = (lengths, total)
         return lengths, total
 

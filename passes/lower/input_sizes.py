@@ -71,12 +71,11 @@ class InputSizes:
         self._made[dim] = total
         return total
 
-    def difference(self, a: Dim | None, b: Dim | None) -> gs.Tensor | None:
-        """Return a - b, [1]."""
-        left, right = self.of(a), self.of(b)
-        if left is None or right is None:
+    def difference(self, a: gs.Tensor | None, b: gs.Tensor | None) -> gs.Tensor | None:
+        """Return a - b, [1]; None if one of them is not known."""
+        if a is None or b is None:
             return None
-        made: gs.Variable = self._op.Sub(left, right)
+        made: gs.Variable = self._op.Sub(a, b)
         made.dtype, made.shape = np.dtype(np.int64), [1]
         return made
 

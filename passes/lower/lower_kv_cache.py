@@ -154,7 +154,7 @@ def _reason_against(model: Model, call: AttentionCall, sizes: InputSizes) -> str
         for node in tensor.outputs:
             if node is not call.node and node.op != "Shape":
                 return f"'{tensor.name}' is read by '{node.op}', too"
-    if sizes.of(call.keys) is None:
+    if call.total(sizes) is None:
         return "no input says how many tokens there are, as an attention mask [batch, past + sequence] does"
     if sizes.of(call.queries) is None or sizes.of(call.batch) is None:
         return "no input has the sizes of batch and sequence"
@@ -170,7 +170,7 @@ def _replace_shape(model: Model, node: gs.Node, call: AttentionCall, values: Sym
     parts = []
     for axis in axes:
         if axis == _SEQUENCE_AXIS:
-            parts.append(sizes.difference(call.keys, call.queries))
+            parts.append(sizes.difference(call.total(sizes), sizes.of(call.queries)))
         else:
             parts.append(sizes.of(shape[axis]) or sizes.of(call.batch))
     redirect(node.outputs[0], sizes.concatenated([part for part in parts if part is not None]))

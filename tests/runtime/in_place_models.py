@@ -20,12 +20,13 @@ VOCAB, WIDTH, HEADS, KV_HEADS, HEAD_SIZE, LAYERS = 50, 32, 4, 2, 8, 2
 Array = np.ndarray[Any, Any]
 
 
-def decoder(seed: int = 0, *, reads_past: bool = False) -> Model:
+def decoder(seed: int = 0, *, reads_past: bool = False, masked: bool = True) -> Model:
     """Attentions on residual states, embeddings of tokens and of positions, which the mask counts.
 
     Args:
         seed: Of the weights.
         reads_past: Positions come from the cache's length instead.
+        masked: There is an attention mask.
     """
     rng = np.random.default_rng(seed)
 
@@ -58,7 +59,7 @@ def decoder(seed: int = 0, *, reads_past: bool = False) -> Model:
         total = op.Shape(mask, start=1, end=2)
         places = op.Slice(counted, op.Sub(total, length), total, [1])
     hidden = op.Add(op.Gather(weight(VOCAB, WIDTH) * 4, ids), op.Gather(weight(512, WIDTH) * 8, places))
-    form = AttentionForm(past=True, present=True, bias=True, causal=True, grouped=True)
+    form = AttentionForm(past=True, present=True, bias=masked, causal=True, grouped=True)
     presents: list[gs.Variable] = []
     for layer in range(LAYERS):
         q, k, v = (op.MatMul(hidden, weight(WIDTH, n * HEAD_SIZE)) for n in (HEADS, KV_HEADS, KV_HEADS))
@@ -72,7 +73,7 @@ def decoder(seed: int = 0, *, reads_past: bool = False) -> Model:
                 model,
                 f"attention{layer}",
                 form,
-                [q, k, v, *caches[2 * layer : 2 * layer + 2], bias],
+                [q, k, v, *caches[2 * layer : 2 * layer + 2], *([bias] if masked else [])],
                 [y, *present],
                 q_num_heads=HEADS,
                 kv_num_heads=KV_HEADS,
@@ -83,10 +84,14 @@ def decoder(seed: int = 0, *, reads_past: bool = False) -> Model:
         hidden = op.Add(hidden, y)
     logits = op.MatMul(hidden, weight(WIDTH, VOCAB))
     logits.name, logits.dtype, logits.shape = "logits", np.dtype(np.float32), ["batch", "sequence", VOCAB]
-    model.graph.inputs = [ids, mask, *caches]
+    model.graph.inputs = [ids, *([mask] if masked else []), *caches]
     model.graph.outputs = [logits, *presents]
-    model.graph.nodes = op.nodes
+    model.graph.nodes = op.nodes if masked else [n for n in op.nodes if not _follows(n, mask)]
     return model
+
+
+def _follows(node: gs.Node, tensor: gs.Tensor) -> bool:
+    return any(t is tensor or any(_follows(made, tensor) for made in t.inputs) for t in node.inputs)
 
 
 def in_place(model: Model, cache: Literal["shared", "int8"], largest: float = 0.0) -> Model:

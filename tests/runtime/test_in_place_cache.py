@@ -143,10 +143,17 @@ def test_int8_needs_ranges() -> None:
 
 
 def test_without_a_mask_nothing_says_how_many_tokens_there_are() -> None:
-    model = decoder(reads_past=True)
-    model.graph.inputs[1].shape = ["batch", "other"]
+    model = decoder(reads_past=True, masked=False)
     with pytest.raises(UsageError, match="no input says how many tokens there are"):
         Pipeline("lower_kv_cache").run(model)
+
+
+def test_a_mask_that_calls_its_length_by_another_name() -> None:
+    separate = DecoderRunner(open_session(decoder(reads_past=True).to_proto(), threads=1))
+    model = decoder(reads_past=True)
+    model.graph.inputs[1].shape = ["batch", "total_sequence_length"]
+    shared = DecoderRunner(open_session(in_place(model, "shared").to_proto(), threads=1))
+    assert_same(separate, shared, [5, 1, 2, 1])
 
 
 def test_a_cache_that_something_else_reads() -> None:
