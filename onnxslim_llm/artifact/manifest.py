@@ -28,6 +28,7 @@ __all__ = [
     "Cost",
     "Environment",
     "FileEntry",
+    "FusionEntry",
     "Gate",
     "LayerError",
     "Manifest",
@@ -147,6 +148,17 @@ class PassEntry(_Record):
     detail: dict[str, Any] = Field(default_factory=dict)
 
 
+class FusionEntry(_Record):
+    """Attentions, norms or rotary embeddings of the source. `sites` is counted without the rules that fuse them."""
+
+    kind: str = Field(description="attention, norm or rotary")
+    sites: int = Field(ge=0)
+    fused: int = Field(ge=0, description="those that are one operator, be it from the source")
+    left: list[SkippedSite] = Field(
+        default_factory=list, max_length=SKIPPED_LISTED, description="the others: the rule that came nearest, and why"
+    )
+
+
 class LayerError(_Record):
     """The error of one compressed weight: ||w - w'|| / ||w||, from the weight job itself."""
 
@@ -213,6 +225,7 @@ class Manifest(_Record):
     recipe: dict[str, Any] = Field(description="fully resolved: feeding it back gives the same artifact")
     environment: Environment
     passes: list[PassEntry] = Field(default_factory=list)
+    fusion: list[FusionEntry] = Field(default_factory=list)
     layers: list[LayerError] = Field(default_factory=list)
     verify: Verify | None = None
     quality: Quality | None = None

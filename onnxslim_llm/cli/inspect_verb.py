@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _REASONS_SHOWN = 3
+_LEFT_SHOWN = 6
 
 
 @click.command("inspect")
@@ -59,6 +60,7 @@ def _page(found: Inspection, verbose: bool) -> list[Any]:
     if found.unknown_ops:
         page.append(Text(f"operators without a definition, kept as they are: {', '.join(found.unknown_ops)}"))
     page.append(_sites(found, verbose))
+    page += _fusion(found, verbose)
     page += [Text(f"note: {note}") for note in found.notes]
     return page
 
@@ -100,3 +102,23 @@ def _sites(found: Inspection, verbose: bool) -> Any:
         if site.changed or site.skipped:
             rows.append([site.name, str(site.changed), str(len(site.skipped)), Text("\n".join(lines))])
     return plain_table([f"=recipe '{found.recipe}'", ">changes", ">skips", "because"], rows)
+
+
+def _fusion(found: Inspection, verbose: bool) -> list[Any]:
+    """One line for all sites, and what keeps those that the recipe would not fuse."""
+    from rich.text import Text
+
+    from onnxslim_llm.report.format import fusion_text
+    from onnxslim_llm.report.tables import plain_table
+
+    text = fusion_text(found.fusion)
+    if not text:
+        return []
+    page: list[Any] = [Text(f"fused by recipe '{found.recipe}': {text}")]
+    left = [[report.kind, where, reason] for report in found.fusion for where, reason in report.left]
+    if left:
+        shown = left if verbose else left[:_LEFT_SHOWN]
+        page.append(plain_table(["=not fused", "where", "because"], shown))
+        if len(left) > len(shown):
+            page.append(Text(f"and {len(left) - len(shown)} more: -v lists them"))
+    return page

@@ -17,6 +17,7 @@ from onnxslim_llm.artifact.manifest import (
     Artifact,
     Cost,
     FileEntry,
+    FusionEntry,
     LayerError,
     Manifest,
     PassEntry,
@@ -27,6 +28,7 @@ from onnxslim_llm.artifact.manifest import (
     Verify,
     created_now,
 )
+from onnxslim_llm.compiler.fusion import FusionReport
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.save import SaveReport
 from onnxslim_llm.ir.weights import MappedWeight, weight_of
@@ -80,6 +82,7 @@ class Account:
     after: ModelFigures | None = None
     source_data: list[Path] = field(default_factory=list)
     passes: list[PassRecord] = field(default_factory=list)
+    fusion: tuple[FusionReport, ...] = ()
     layers: list[LayerError] = field(default_factory=list)
     saved: SaveReport | None = None
     notes: list[str] = field(default_factory=list)
@@ -185,6 +188,7 @@ def make_manifest(
         recipe=recipe.resolved(),
         environment=read_environment(account.threads),
         passes=[_pass_entry(record) for record in account.passes],
+        fusion=[_fusion_entry(report) for report in account.fusion],
         layers=account.layers,
         verify=verify,
         quality=quality,
@@ -214,6 +218,11 @@ def _pass_entry(record: PassRecord) -> PassEntry:
         rolled_back_reason=record.rolled_back,
         detail=record.detail,
     )
+
+
+def _fusion_entry(report: FusionReport) -> FusionEntry:
+    left = [SkippedSite(where=where, reason=reason) for where, reason in report.left[:SKIPPED_LISTED]]
+    return FusionEntry(kind=report.kind, sites=report.sites, fused=report.fused, left=left)
 
 
 def peak_rss_bytes() -> int:

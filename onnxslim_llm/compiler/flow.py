@@ -20,7 +20,8 @@ from onnxslim_llm.compiler.account import Account, make_manifest
 from onnxslim_llm.compiler.bundle import bundle_operators, check_library
 from onnxslim_llm.compiler.calibration import SELF, Calibrator
 from onnxslim_llm.compiler.client_files import write_client_files
-from onnxslim_llm.compiler.defaults import default_output, default_recipe
+from onnxslim_llm.compiler.defaults import default_output, default_recipe, rounds_activations
+from onnxslim_llm.compiler.fusion import FusionCensus
 from onnxslim_llm.compiler.lowering import KvCache, check_opset, lowering_passes
 from onnxslim_llm.compiler.nonfinite import NonFinite, nonfinite_weights
 from onnxslim_llm.compiler.progress import Progress, Silent
@@ -134,7 +135,7 @@ def compile(  # noqa: A001
             chosen, why = default_recipe(model)
             account.note(why)
         chosen = chosen.with_fusions(_wanted_fusions(add_kv_cache, logits)).with_settings(settings)
-        if kv_cache == "int8" and chosen.gates == "lossless":
+        if chosen.gates == "lossless" and (kv_cache == "int8" or rounds_activations(model)):
             chosen = chosen.model_copy(update={"gates": "int8"})
         account.recipe = chosen
         data = account.source_data
@@ -276,7 +277,10 @@ class _Job:
             cache_ranges=self.calibrator.cache_ranges_wanted_by(active),
         )
         self.progress.stage("passes", len(active), "passes")
-        records = Pipeline(active).run(model, context, observer=_Relay(self.progress), gate=self.judge.pass_gate())
+        census = FusionCensus(active, model)
+        relay = _Relay(self.progress, census)
+        records = Pipeline(active).run(model, context, observer=relay, gate=self.judge.pass_gate())
+        self.account.fusion = census.reports
         self.account.notes += [n for n in context.notes if n not in self.account.notes]
         for record in records:
             if record.rolled_back:
@@ -313,13 +317,15 @@ class _Job:
 class _Relay:
     """Hands the pipeline's progress on."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, census: FusionCensus) -> None:
         self._progress = progress
+        self._census = census
 
     def pass_started(self, index: int, total: int, step: Pass) -> None:
         self._progress.advance(index, step.name)
 
     def pass_finished(self, index: int, total: int, record: PassRecord, model: Model) -> None:
+        self._census.pass_finished(index, record, model)
         self._progress.advance(index + 1, record.name)
         self._progress.pass_finished(record)
 

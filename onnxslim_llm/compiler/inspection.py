@@ -11,6 +11,7 @@ import numpy as np
 
 from onnxslim_llm.compiler.account import describe
 from onnxslim_llm.compiler.defaults import default_recipe
+from onnxslim_llm.compiler.fusion import FusionCensus, FusionReport
 from onnxslim_llm.ir.model import Model, open_model
 from onnxslim_llm.ir.proto.external import resolve_model_path
 from onnxslim_llm.ir.weights import SparseWeight, weight_of
@@ -18,7 +19,8 @@ from onnxslim_llm.ir.weights.weight import Weight
 from onnxslim_llm.recipe import Recipe
 from onnxslim_llm.report.sizes import WeightUse, bytes_by_dtype, bytes_by_role, weight_uses
 from onnxslim_llm.rewrite.context import Context
-from onnxslim_llm.rewrite.pipeline import Pipeline
+from onnxslim_llm.rewrite.passes import Pass
+from onnxslim_llm.rewrite.pipeline import PassRecord, Pipeline
 from onnxslim_llm.runtime.session import TensorInfo, inputs_of, outputs_of
 from onnxslim_llm.runtime.signature import find_decoder
 from onnxslim_llm.targets import get_target
@@ -70,6 +72,8 @@ class Inspection:
         zeros: Role -> share of elements that are zero.
         recipe: The recipe that was tried.
         sites: What its passes would do.
+        fusion: Attentions, norms and rotary embeddings: how many there are, how many it would fuse, and what keeps
+            the others.
         notes: What was found unusual while reading.
     """
 
@@ -90,6 +94,7 @@ class Inspection:
     zeros: dict[str, float]
     recipe: str
     sites: tuple[SiteReport, ...]
+    fusion: tuple[FusionReport, ...]
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -119,6 +124,7 @@ def inspect(source: str | Path, *, recipe: str | Path | None = None, target: str
     signature, why = find_decoder(proto)
     uses = weight_uses(model)
     chosen = Recipe.load(recipe) if recipe else default_recipe(model)[0]
+    sites, fusion = _trial(model, chosen, target)
     return Inspection(
         path=str(path),
         producer=figures.producer,
@@ -136,7 +142,8 @@ def inspect(source: str | Path, *, recipe: str | Path | None = None, target: str
         weights=tuple(use for use in uses if use.nbytes >= _LISTED_BYTES),
         zeros=_zeros(model, {use.name: use.role for use in uses}),
         recipe=chosen.name,
-        sites=_trial(model, chosen, target),
+        sites=sites,
+        fusion=fusion,
         notes=tuple(model.notes),
     )
 
@@ -145,10 +152,26 @@ def _port(info: TensorInfo) -> Port:
     return Port(info.name, info.kind or str(info.dtype), info.shape)
 
 
-def _trial(model: Model, recipe: Recipe, target: str) -> tuple[SiteReport, ...]:
-    goal = get_target(target)
-    records = Pipeline([*recipe.build(), *Pipeline(goal.lowering).passes]).run(model.copy(), Context(target=goal))
-    return tuple(SiteReport(r.name, r.changed, tuple((s.where, s.reason) for s in r.skipped)) for r in records)
+def _trial(model: Model, recipe: Recipe, target: str) -> tuple[tuple[SiteReport, ...], tuple[FusionReport, ...]]:
+    goal, twin = get_target(target), model.copy()
+    passes = [*recipe.build(), *Pipeline(goal.lowering).passes]
+    census = FusionCensus(passes, twin)
+    records = Pipeline(passes).run(twin, Context(target=goal), observer=_Watch(census))
+    sites = tuple(SiteReport(r.name, r.changed, tuple((s.where, s.reason) for s in r.skipped)) for r in records)
+    return sites, census.reports
+
+
+class _Watch:
+    """Lets a census see the passes of a pipeline."""
+
+    def __init__(self, census: FusionCensus) -> None:
+        self._census = census
+
+    def pass_started(self, index: int, total: int, step: Pass) -> None:
+        pass
+
+    def pass_finished(self, index: int, total: int, record: PassRecord, model: Model) -> None:
+        self._census.pass_finished(index, record, model)
 
 
 def _zeros(model: Model, roles: dict[str, str]) -> dict[str, float]:

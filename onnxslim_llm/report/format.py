@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
-__all__ = ["bytes_text", "count_text", "figure_text", "percent_text", "ratio_text", "seconds_text", "shape_text"]
+__all__ = [
+    "bytes_text",
+    "count_text",
+    "figure_text",
+    "fusion_text",
+    "percent_text",
+    "ratio_text",
+    "seconds_text",
+    "shape_text",
+]
 
+_KINDS = {"norm": "norms"}
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -54,3 +65,21 @@ def figure_text(value: float | None, digits: int = 4) -> str:
 def shape_text(shape: Sequence[int | str | None]) -> str:
     """(1, 'seq', None) -> '1 x seq x ?'; 'scalar' for no dimensions."""
     return " x ".join("?" if size is None else str(size) for size in shape) or "scalar"
+
+
+class _Fused(Protocol):
+    """All sites of one kind, and how many of them are fused."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def sites(self) -> int: ...
+
+    @property
+    def fused(self) -> int: ...
+
+
+def fusion_text(reports: Iterable[_Fused]) -> str:
+    """Return "attention 2/2, norms 5/5, rotary 4/4"; kinds without a site are left out."""
+    return ", ".join(f"{_KINDS.get(r.kind, r.kind)} {r.fused}/{r.sites}" for r in reports if r.sites)

@@ -19,6 +19,7 @@ from onnxslim_llm.report.format import (
     bytes_text,
     count_text,
     figure_text,
+    fusion_text,
     percent_text,
     ratio_text,
     seconds_text,
@@ -83,6 +84,8 @@ def _content(m: Manifest) -> dict[str, Any]:
         "inputs": "; ".join(m.verify.inputs) if m.verify and isinstance(m.verify.inputs, list) else "generated",
         "changed_ops": sorted((p for p in pairs if p[1] != p[2]), key=lambda p: -abs(p[1] - p[2])),
         "same_ops": ", ".join(f"{count_text(n)} {op}" for op, n, other in pairs if n == other),
+        "fusion": [entry for entry in m.fusion if entry.sites],
+        "fusion_text": fusion_text(m.fusion),
         "environment": _environment(m),
     }
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from onnxslim_llm.artifact.manifest import Gate, Manifest, PassEntry
 from onnxslim_llm.ir.roles import ROLES
-from onnxslim_llm.report.format import bytes_text, count_text, figure_text, ratio_text, seconds_text
+from onnxslim_llm.report.format import bytes_text, count_text, figure_text, fusion_text, ratio_text, seconds_text
 
 __all__ = ["compile_summary", "count_table", "gate_lines", "pass_table", "plain_table", "side_by_side", "size_table"]
 
@@ -27,6 +27,8 @@ _MIN_WIDTH = 4
 def compile_summary(manifest: Manifest) -> RenderableType:
     """The before/after of a compile: sizes by role, nodes, quality, operators that changed, gates."""
     parts: list[RenderableType] = [_before_after(manifest)]
+    if fusion_text(manifest.fusion):
+        parts.append(Padding(Text("fused      ", style="dim").append(fusion_text(manifest.fusion), "default"), (0, 2)))
     changes = _op_changes(manifest.source.ops, manifest.artifact.ops)
     if changes:
         parts.append(Padding(changes, (0, 2)))
