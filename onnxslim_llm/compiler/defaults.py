@@ -12,7 +12,7 @@ from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.recipe import Recipe
 from onnxslim_llm.runtime.signature import find_decoder
 
-__all__ = ["LARGE_MATMUL_ELEMENTS", "default_output", "default_recipe"]
+__all__ = ["LARGE_MATMUL_ELEMENTS", "default_output", "default_recipe", "rounds_activations"]
 
 #: A model without a MatMul weight of this many elements gains nothing from few bits: scales and graph outweigh it.
 LARGE_MATMUL_ELEMENTS = 16_384
@@ -31,6 +31,15 @@ def default_recipe(model: Model) -> tuple[Recipe, str]:
     if find_decoder(model.to_proto("omit"))[0] is None:
         return Recipe.load("int8"), "recipe 'int8': the default for models that are no decoders"
     return Recipe.load("int4"), "recipe 'int4': the default for decoders"
+
+
+def rounds_activations(model: Model) -> bool:
+    """Return whether the model has products of few-bit weights.
+
+    Their kernels round activations to int8, each in its own way, so that two runs of equal codes are not equal: a
+    rounding that falls the other way in the first layer moves all that follow.
+    """
+    return any(node.op in ("MatMulNBits", "MatMulPacked") for graph in model.graphs() for node in graph.nodes)
 
 
 def _has_large_matmul(model: Model) -> bool:
