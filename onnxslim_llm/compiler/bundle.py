@@ -13,6 +13,7 @@ from onnxslim_llm.runtime.genai_config import GENAI_CONFIG_NAME
 
 __all__ = ["bundle_operators", "check_library"]
 
+_GENAI_OPTION = "custom_ops_library"
 _REINSTALL = "reinstall onnxslim-llm with a C++ compiler, or compile for the target ort-cpu"
 
 
@@ -40,8 +41,9 @@ def bundle_operators(artifact: Path, wanted: bool) -> tuple[list[str], list[str]
         ResourceError: The library was not built here.
         OSError: A file cannot be written.
     """
-    model = open_model(artifact)
-    if model.opset(ops.DOMAIN) is None:
+    config = artifact.parent / GENAI_CONFIG_NAME
+    if open_model(artifact).opset(ops.DOMAIN) is None:
+        _name_in_config(config, None)
         return [], ["--bundle-ops: the artifact has none of our operators"] if wanted else []
     if not wanted:
         return [], [f"the artifact needs {ops.LIBRARY_NAME}: `register_custom_ops` here, --bundle-ops for elsewhere"]
@@ -49,15 +51,20 @@ def bundle_operators(artifact: Path, wanted: bool) -> tuple[list[str], list[str]
     if library is None:
         raise ResourceError(f"{ops.LIBRARY_NAME} was not built here", where="--bundle-ops", todo=_REINSTALL)
     shutil.copyfile(library, artifact.parent / ops.LIBRARY_NAME)
-    _name_in_config(artifact.parent / GENAI_CONFIG_NAME)
+    _name_in_config(config, ops.LIBRARY_NAME)
     return [ops.LIBRARY_NAME], []
 
 
-def _name_in_config(path: Path) -> None:
-    """Let onnxruntime-genai load the library: it looks in the model's folder."""
+def _name_in_config(path: Path, library: str | None) -> None:
+    """Let onnxruntime-genai load the library, which it looks for in the model's folder; None: let it not."""
     if not path.is_file():
         return
     content = json.loads(path.read_text(encoding="utf-8"))
     options = content["model"]["decoder"].setdefault("session_options", {})
-    options["custom_ops_library"] = ops.LIBRARY_NAME
+    if library is not None:
+        options[_GENAI_OPTION] = library
+    elif options.get(_GENAI_OPTION) == ops.LIBRARY_NAME:  # from a source that needed it
+        del options[_GENAI_OPTION]
+    else:
+        return
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
