@@ -16,7 +16,7 @@ from onnxslim_llm.ir.shapes.symbolic import is_named
 from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.passes.fuse.rotary_elements import Elements
 from onnxslim_llm.passes.fuse.rotary_match import Rotation
-from onnxslim_llm.passes.fuse.rotary_steps import Element, producer, slice_bounds, unsqueezed_axes
+from onnxslim_llm.passes.fuse.rotary_steps import Element, producer, sliced_axes, unsqueezed_axes
 from onnxslim_llm.passes.fuse.rotary_tables import ELEMENTWISE, Table
 from onnxslim_llm.rewrite.constants import constant_tensor
 from onnxslim_llm.rewrite.edit import Builder
@@ -243,10 +243,13 @@ class RotaryBuilder:
         if node.op == "Gather" and data is not None and len(data) == 2 and int(node.attrs.get("axis", 0)) == 0:
             rows = self._rebuild(op, graph, node.inputs[1], None, frozenset(axis + 1 for axis in drop))
             return op.Gather(self._rebuild(op, graph, node.inputs[0], take, frozenset()), rows, **node.attrs)
-        if node.op == "Slice" and data is not None and not drop:
-            bounds = slice_bounds(self._elements, node)
-            if bounds is not None and len(data) - 1 not in bounds:
-                return op.Slice(self._rebuild(op, graph, node.inputs[0], take, drop), *node.inputs[1:], **node.attrs)
+        if node.op == "Slice" and data is not None:
+            axes = sliced_axes(self._elements, node)
+            if axes is not None and len(data) - 1 not in axes and not drop & {axis - len(data) for axis in axes}:
+                counted = [axis - len(data) for axis in axes]
+                moved = [axis + sum(gone > axis for gone in drop) for axis in counted]
+                source = self._rebuild(op, graph, node.inputs[0], take, drop)
+                return op.Slice(source, *node.inputs[1:3], np.array(moved, np.int64), *node.inputs[4:])
         if node.op == "MatMul" and data is not None and not drop and len(data) > 1:
             columns = self._elements.shape(node.inputs[1])
             if columns is not None and len(columns) > 1:

@@ -20,7 +20,7 @@ from onnxslim_llm.ir.shapes.dims import Dim
 from onnxslim_llm.rewrite.constants import constant_value
 from onnxslim_llm.rewrite.schema import normal_domain
 
-__all__ = ["STEPS", "Element", "Picks", "Sizes", "Step", "operand_picks", "producer", "slice_bounds", "unsqueezed_axes"]
+__all__ = ["STEPS", "Element", "Picks", "Sizes", "Step", "operand_picks", "producer", "sliced_axes", "unsqueezed_axes"]
 
 #: (axis, index) of the fixed axes, in the order of the axes.
 Picks = tuple[tuple[int, int], ...]
@@ -114,7 +114,7 @@ def _sign(value: NDArray[np.generic], picks: Picks) -> int | None:
 
 def _slice(sizes: Sizes, node: gs.Node, tensor: gs.Tensor, picks: Picks) -> Element | None:
     before, after = sizes.shape(node.inputs[0]), sizes.shape(tensor)
-    bounds = slice_bounds(sizes, node)
+    bounds = _slice_bounds(sizes, node)
     if before is None or after is None or bounds is None:
         return None
     fixed = dict(picks)
@@ -134,7 +134,7 @@ def _slice(sizes: Sizes, node: gs.Node, tensor: gs.Tensor, picks: Picks) -> Elem
     return Element(1, node.inputs[0], _picks(fixed))
 
 
-def slice_bounds(sizes: Sizes, node: gs.Node) -> dict[int, tuple[int, int, int]] | None:
+def _slice_bounds(sizes: Sizes, node: gs.Node) -> dict[int, tuple[int, int, int]] | None:
     """Return axis -> (start, end, step) of a Slice, or None if they are not known."""
     shape = sizes.shape(node.inputs[0])
     if shape is None:
@@ -154,6 +154,21 @@ def slice_bounds(sizes: Sizes, node: gs.Node) -> dict[int, tuple[int, int, int]]
         return None
     rows = zip(axes, starts, ends, steps, strict=True)
     return {int(a) % len(shape): (int(s), int(e), int(k)) for a, s, e, k in rows}
+
+
+def sliced_axes(sizes: Sizes, node: gs.Node) -> list[int] | None:
+    """Return the axes along which a Slice takes a part, in the order of its bounds, or None."""
+    shape = sizes.shape(node.inputs[0])
+    if shape is None:
+        return None
+    if "starts" in node.attrs:  # before opset 10
+        axes: list[int] | None = list(node.attrs.get("axes", range(len(node.attrs["starts"]))))
+    elif _has(node, 3):
+        axes = sizes.ints(node.inputs[3])
+    else:
+        count = sizes.size(node.inputs[1], 0)
+        axes = None if count is None else list(range(count))
+    return None if axes is None else [int(axis) % len(shape) for axis in axes]
 
 
 def _split(sizes: Sizes, node: gs.Node, tensor: gs.Tensor, picks: Picks) -> Element | None:

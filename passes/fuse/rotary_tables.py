@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.passes.fuse.rotary_elements import Elements
 from onnxslim_llm.passes.fuse.rotary_match import Column, Rotation
-from onnxslim_llm.passes.fuse.rotary_steps import Element, Picks, operand_picks, producer, slice_bounds
+from onnxslim_llm.passes.fuse.rotary_steps import Element, Picks, operand_picks, producer, sliced_axes
 from onnxslim_llm.rewrite.constants import constant_tensor
 from onnxslim_llm.rewrite.rule import Refusal
 
@@ -133,8 +133,8 @@ class TableProofs:
         if size is None or size != self._elements.size(tensor, -1):
             return None
         if node.op == "Slice":
-            bounds = slice_bounds(self._elements, node)
-            return Element(1, source, ((last, index),)) if bounds is not None and last not in bounds else None
+            axes = sliced_axes(self._elements, node)
+            return Element(1, source, ((last, index),)) if axes is not None and last not in axes else None
         if node.op == "Transpose" and list(node.attrs.get("perm", [0]))[-1] != last:
             return None
         return Element(1, source, ((last, index),)) if node.op in _KEEPS_COLUMNS else None

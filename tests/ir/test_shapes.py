@@ -135,6 +135,8 @@ def test_names_in_the_body_of_a_loop_are_not_those_outside() -> None:
         ("y = Concat <axis = 1> (x, z)", "B, P + S, 8"),
         ("t = Concat <axis = 1> (x, z)  y = Concat <axis = 1> (t, x)", "B, 2*P + S, 8"),
         ("t = Transpose <perm = [2, 0, 1]> (x)  y = MatMul (t, x)", "8, B, 8"),
+        ('y = Einsum <equation = "bpd, sq -> pbq"> (x, m)', "P, B, 8"),
+        ('y = Einsum <equation = "...d -> ..."> (x)', "B, P"),
         ("y = Flatten <axis = 2> (x)", "B*P, 8"),
         ("y = Reshape (x, i0_m1)", "B, 8*P"),
         ("y = Reshape (x, i0_0_2_4)", "B, P, 2, 4"),

@@ -259,6 +259,17 @@ def _range(v: NodeView) -> list[Shape]:
     return [(limit - first if step == 1 and is_nonnegative(limit - first) else None,)]
 
 
+def _einsum(v: NodeView) -> list[Shape]:
+    operands, arrow, result = v.attr("equation", "").replace(" ", "").partition("->")
+    terms, shapes = operands.split(","), [v.shape(i) for i in range(len(v.node.inputs))]
+    if not arrow or "." in operands or len(terms) != len(shapes):
+        return [None]
+    sizes: dict[str, Dim] = {}
+    for letters, shape in zip(terms, shapes, strict=True):
+        sizes.update(zip(letters, shape or (), strict=False))
+    return [tuple(sizes.get(letter) for letter in result)]
+
+
 def _flatten(v: NodeView) -> list[Shape]:
     shape = v.shape()
     if shape is None:
@@ -302,6 +313,7 @@ SHAPE_RULES: dict[str, Callable[[NodeView], list[Shape]]] = {
     **_table(_arg_reduce, "ArgMax ArgMin"),
     "Concat": _concat,
     "ConstantOfShape": _constant_of_shape,
+    "Einsum": _einsum,
     "Expand": _expand,
     "Flatten": _flatten,
     "Gather": _gather,

@@ -135,6 +135,13 @@ TABLES = {
         "c = Slice (cache_c, i1, i4, i0)  s = Slice (cache_s, i1, i4, i0)",
         {"Unsqueeze": 2},
     ),
+    "rows up to the length of the text": (
+        "shape = Shape <start = 2, end = 3> (x)  n = Squeeze (shape)  r = Range (n0, n, n1)  r1 = Cast <to = 1> (r)  "
+        'f1 = Einsum <equation = "i,j->ij"> (r1, inv)  both = Concat <axis = -1> (f1, f1)  c0 = Cos (both)  '
+        "s0 = Sin (both)  c1 = Unsqueeze (c0, i0)  s1 = Unsqueeze (s0, i0)  stop = Abs (shape)  "
+        "c = Slice (c1, i0, stop, i1, i1)  s = Slice (s1, i0, stop, i1, i1)",
+        {"Concat": 0, "Slice": 2, "Unsqueeze": 2},
+    ),
     "one row for all tokens, cut by a slice": (
         "f1 = Slice (f, i0, i1, i1)  both = Concat <axis = -1> (f1, f1)  c0 = Cos (both)  s0 = Sin (both)  "
         "c = Unsqueeze (c0, i1)  s = Unsqueeze (s0, i1)",
