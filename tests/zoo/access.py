@@ -14,9 +14,10 @@ __all__ = ["exported", "model_path"]
 
 _NEEDS = {
     "optimum": ("torch", "transformers", "optimum.exporters.onnx"),
+    "optimum-eager": ("torch", "transformers", "optimum.exporters.onnx"),
     "dynamo": ("torch", "transformers", "onnxscript"),
     "dynamo-cache": ("torch", "transformers", "onnxscript"),
-    "script": ("torch", "transformers"),
+    "script": ("torch", "transformers", "optimum.exporters.onnx"),
     "genai": ("torch", "transformers", "tokenizers", "onnxruntime_genai"),
 }
 

@@ -28,17 +28,14 @@ WINDOW = 8  # shorter than every tested text, so that a rule that forgets the wi
 
 #: The exporters that take a kind of model.
 EXPORTERS: dict[Kind, tuple[str, ...]] = {
-    "decoder": ("optimum", "dynamo", "dynamo-cache", "script", "genai"),
-    "encoder": ("optimum", "dynamo", "script"),
-    "encoder-decoder": ("optimum", "dynamo", "script"),
+    "decoder": ("optimum", "optimum-eager", "dynamo", "dynamo-cache", "script", "genai"),
+    "encoder": ("optimum", "optimum-eager", "dynamo", "script"),
+    "encoder-decoder": ("optimum", "optimum-eager", "dynamo", "script"),
 }
+_SPLIT = ("encoder_model", "decoder_model", "decoder_with_past_model", "decoder_model_merged")
 _PARTS: dict[tuple[Kind, str], tuple[str, ...]] = {
-    ("encoder-decoder", "optimum"): (
-        "encoder_model",
-        "decoder_model",
-        "decoder_with_past_model",
-        "decoder_model_merged",
-    ),
+    ("encoder-decoder", "optimum"): _SPLIT,
+    ("encoder-decoder", "optimum-eager"): _SPLIT,
 }
 
 BASE: dict[str, Any] = {

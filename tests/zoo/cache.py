@@ -17,6 +17,7 @@ from pathlib import Path
 from zoo import (
     dynamo_cache_exporter,
     dynamo_exporter,
+    eager_exporter,
     genai_exporter,
     optimum_exporter,
     sample_inputs,
@@ -29,6 +30,7 @@ __all__ = ["EXPORTERS", "Export", "export", "package_versions"]
 
 EXPORTERS: dict[str, Callable[[Family, Path], None]] = {
     "optimum": optimum_exporter.export,
+    "optimum-eager": eager_exporter.export,
     "dynamo": dynamo_exporter.export,
     "dynamo-cache": dynamo_cache_exporter.export,
     "script": script_exporter.export,

@@ -251,6 +251,10 @@ DECODERS: tuple[Family, ...] = (
         {**BASE, "new_decoder_architecture": True, "num_kv_heads": KV_HEADS, "bias": True},
         note="GQA packed per group, two LayerNorms in parallel, biases",
         rotaries=_ROTARIES,
-        refused={**_UNKNOWN_TO_GENAI, "optimum": "Sizes of tensors must match"},
+        refused={
+            **_UNKNOWN_TO_GENAI,
+            "optimum": "Sizes of tensors must match",
+            "optimum-eager": "Sizes of tensors must match",
+        },
     ),
 )

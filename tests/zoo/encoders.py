@@ -97,5 +97,6 @@ ENCODER_DECODERS: tuple[Family, ...] = (
         kind="encoder-decoder",
         task="automatic-speech-recognition-with-past",
         note="convolutions in front, K without bias, pre-norm, cross-attention",
+        refused={"script": "aten::diff"},
     ),
 )

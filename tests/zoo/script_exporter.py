@@ -34,7 +34,7 @@ def export(family: Family, folder: Path) -> None:
 
 def _mask_without_vmap(model: Any) -> None:
     """Let masks be made by plain operators: the default uses vmap, which cannot be traced."""
-    from transformers.integrations.executorch import sdpa_mask_without_vmap
+    from optimum.exporters.onnx.model_patcher import sdpa_mask_without_vmap
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
