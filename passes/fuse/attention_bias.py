@@ -62,6 +62,9 @@ def emit_bias(
         if mask.kind == "add":
             bias = operand if bias is None else op.Add(bias, operand)
             continue
+        if mask.kind == "scale":
+            bias = op.Mul(bias, op.constant(np.array(mask.value, dtype)))
+            continue
         # A score is lost in the rounding when it is added to the lowest number: it becomes that number.
         value = op.constant(np.array(mask.value if mask.value == -np.inf else np.finfo(dtype).min, dtype))
         before = op.constant(np.zeros((), dtype)) if bias is None else bias

@@ -24,7 +24,7 @@ MASKED = -1e4
 _REGROUPING = frozenset(["Flatten", "Reshape", "Squeeze", "Unsqueeze"])
 _NARROW = frozenset([TensorProto.FLOAT16, TensorProto.BFLOAT16])
 
-MaskKind = Literal["add", "keep", "drop", "floor"]
+MaskKind = Literal["add", "keep", "drop", "floor", "scale"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Mask:
 
     Attributes:
         kind: add: scores + operand. keep: Where(operand, scores, value). drop: Where(operand, value, scores).
-            floor: Max(scores, value).
-        operand: What is added, or the condition; None for floor.
+            floor: Max(scores, value). scale: scores * value, after something was added.
+        operand: What is added, or the condition; None for floor and scale.
         value: The constant.
         view: Axes of the scores there.
     """
@@ -158,9 +158,11 @@ class _Reader:
             scores.factor *= factor  # softcap * tanh(x / softcap): the division is part of the concept
             return scores
         scores = self.read(source, depth + 1)
-        if scores.masks or scores.softcap:
-            raise NotAttentionError("the scores are scaled after a mask or a softcap", node)
+        if scores.softcap or any(mask.kind not in ("add", "scale") for mask in scores.masks):
+            raise NotAttentionError("the scores are scaled after a softcap, or after some were replaced", node)
         scores.factor *= factor
+        if scores.masks:  # (scores + mask) * factor = scores * factor + mask * factor
+            scores.masks.append(Mask("scale", None, factor, scores.view))
         return scores
 
     def _add(self, node: gs.Node, depth: int) -> Scores:

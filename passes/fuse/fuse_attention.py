@@ -73,7 +73,7 @@ class FuseAttention(Pass):
     Skips when:
         - the Softmax runs over another axis than the last, or no product of two tensors leads to it
         - scores or weights are outputs of the model, or something else reads them
-        - the scores are scaled after a mask or a softcap, or by something else than one number
+        - the scores are scaled after a softcap or after some were replaced, or by something else than one number
         - hidden scores are replaced by a number above -1e4
         - the weights are changed before they meet the values, by other things than a cast and NaN becoming 0
         - the scores change their type other than from 16 bits to float32 for the Softmax alone

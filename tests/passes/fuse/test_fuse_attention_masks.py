@@ -35,6 +35,10 @@ MASKS = {
         "bool[1, 1, S, S] seen, bool[B, 1, 1, S] padding",
         "once = Where (seen, scaled, lowest)\nscores = Where (padding, once, lowest)",
     ),
+    "scaled with the scores": (
+        "float[B, 1, S, S] mask",
+        "sum = Add (products, mask)\nscores = Mul (sum, scale)",
+    ),
     "bounded": ("float[B, 1, S, S] mask", "sum = Add (scaled, mask)\nscores = Max (sum, lowest)"),
     "bounded before": ("float[B, 1, S, S] mask", "low = Max (lowest, scaled)\nscores = Add (low, mask)"),
 }
@@ -45,7 +49,7 @@ def fuse_mask(name: str, feeds: dict[str, Array] | None = None) -> Fused:
     return fuse_parts(
         feeds,
         inputs=f"float[B, S, 32] q, float[B, S, 32] k, float[B, S, 32] v, {inputs}",
-        scores=f"scaled = Mul (products, scale)\n{scores}",
+        scores=f"scaled = Mul (products, scale)\n{scores}" if "scaled" in scores else scores,
     )
 
 

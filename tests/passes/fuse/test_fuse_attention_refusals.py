@@ -26,9 +26,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         "scaled by something else than one number at 'scaled'",
     ),
-    "a scale after the mask": (
-        {"scores": "masked = Add (products, mask)\nscores = Mul (masked, scale)"},
-        "scaled after a mask or a softcap",
+    "a scale after some scores were replaced": (
+        {
+            "inputs": PLAIN_INPUTS.replace("float[B, 1, S, S] mask", "bool[B, 1, S, S] seen"),
+            "scores": "masked = Where (seen, products, lowest)\nscores = Mul (masked, scale)",
+        },
+        "scaled after a softcap, or after some were replaced",
+    ),
+    "a scale after the softcap": (
+        {"scores": "bent = Tanh (products)\ncapped = Mul (bent, scale)\nscores = Div (capped, scale)"},
+        "scaled after a softcap, or after some were replaced",
     ),
     "a softcap after the mask": (
         {"scores": "masked = Add (products, mask)\nbent = Tanh (masked)\nscores = Mul (bent, scale)"},
