@@ -34,9 +34,9 @@ def _names(text: str) -> frozenset[str]:
 
 _MATMULS = _names(
     "MatMul Gemm FusedMatMul FusedGemm MatMulNBits MatMulBnb4 BlockMatMul MatMulInteger MatMulIntegerToFloat "
-    "QLinearMatMul DynamicQuantizeMatMul"
+    "QLinearMatMul DynamicQuantizeMatMul MatMulPacked"
 )
-_GATHERS = frozenset({"Gather", "GatherBlockQuantized", "BlockGather", "EmbedLayerNormalization"})
+_GATHERS = frozenset({"Gather", "GatherBlockQuantized", "GatherPacked", "BlockGather", "EmbedLayerNormalization"})
 _ATTENTIONS = _names(
     "Attention GroupQueryAttention MultiHeadAttention DecoderMaskedMultiHeadAttention PackedAttention "
     "PackedMultiHeadAttention PagedAttention SparseAttention QAttention LongformerAttention LinearAttention"

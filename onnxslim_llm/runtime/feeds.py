@@ -128,7 +128,7 @@ def index_bounds(model: onnx.ModelProto) -> dict[str, int]:
             table[node.output[0]] = table[first]
         if node.op_type in _CARRIERS and first in origin:
             origin[node.output[0]] = origin[first]
-        if node.op_type in ("Gather", "GatherBlockQuantized") and len(node.input) > 1:
+        if node.op_type in ("Gather", "GatherBlockQuantized", "GatherPacked") and len(node.input) > 1:
             _bound(node, table, rows, origin, bounds)
     return bounds
 
@@ -145,6 +145,6 @@ def _bound(
         return
     attributes: dict[str, Any] = {a.name: a.i for a in node.attribute}
     axis = attributes.get("axis", attributes.get("gather_axis", 0))
-    dims = rows[looked_up]
+    dims = (attributes.get("N", 0),) if node.op_type == "GatherPacked" else rows[looked_up]
     if -len(dims) <= axis < len(dims):
         bounds[source] = min(bounds.get(source, dims[axis]), dims[axis])
