@@ -22,6 +22,7 @@ __all__ = ["TRANSPOSES"]
 _TO_THE_END = 2**63 - 1
 #: They compute each element from the one at the same place.
 _ELEMENTWISE = frozenset(["Cast", "Neg"])
+_ARITHMETIC = frozenset(["Add", "Div", "Mul", "Sub"])
 
 
 class _Sandwich(NamedTuple):
@@ -36,8 +37,9 @@ class _Sandwich(NamedTuple):
 class MergeTransposes(Rule):
     """transpose(f(transpose(x))) -> transpose(f(x)), with one Transpose or none.
 
-    f is a Cast, a Neg, a Slice, one output of a Split (which becomes a Slice), or a norm of the last axis that the
-    first Transpose leaves in place; nothing else reads its result. The first Transpose stays for its other readers.
+    f is a Cast, a Neg, arithmetic with one number, a Slice, one output of a Split (which becomes a Slice), or a norm of
+    the last axis that the first Transpose leaves in place; nothing else reads its result. The first Transpose stays for
+    its other readers.
     """
 
     keep_shared = True
@@ -63,7 +65,8 @@ class MergeTransposes(Rule):
             axis, start, end = _range_of(middle, old) or (0, 0, 0)
             new = op.Slice(x, [start], [end], [first[axis]])
         else:
-            inputs = [x, *middle.inputs[1:]]
+            inputs = list(middle.inputs)
+            inputs[_moved(middle)] = x
             if middle.op == "Slice":
                 given = constant_ints(middle.inputs[3]) if len(middle.inputs) > 3 else None
                 axes = range(len(constant_ints(middle.inputs[1]) or ())) if given is None else given
@@ -81,10 +84,10 @@ def _sandwich(match: Match) -> _Sandwich | None:
     middle = _only_producer(between)
     if middle is None or len(between.outputs) != 1 or any(t is between for t in match.root.home.outputs):
         return None
-    outer = _only_producer(middle.inputs[0]) if middle.inputs else None
+    outer = _only_producer(middle.inputs[_moved(middle)]) if middle.inputs else None
     if outer is None or outer.op != "Transpose" or normal_domain(outer.domain) != "" or middle.home is not outer.home:
         return None
-    rank = rank_of(middle.inputs[0])
+    rank = rank_of(outer.outputs[0])
     if rank is None or match.root.home is not middle.home:
         return None
     first, second = (list(map(int, n.attrs.get("perm", reversed(range(rank))))) for n in (outer, match.root))
@@ -95,6 +98,13 @@ def _sandwich(match: Match) -> _Sandwich | None:
     if not fits:
         return None
     return _Sandwich(outer.inputs[0], first, middle, second)
+
+
+def _moved(node: gs.Node) -> int:
+    """Return the position of the input that is not a number."""
+    if node.op in _ARITHMETIC and len(node.inputs) == 2 and constant_value(node.inputs[0]) is not None:
+        return 1
+    return 0
 
 
 def _only_producer(tensor: gs.Tensor) -> gs.Node | None:
@@ -112,6 +122,9 @@ def _commutes(node: gs.Node, first: list[int], rank: int) -> bool:
         return first[-1] == rank - 1 and int(node.attrs.get("axis", -1)) in (-1, rank - 1)
     if node.op == "Slice":
         return len(node.inputs) > 2 and all(constant_ints(t) is not None for t in node.inputs[1:] if not t.is_empty())
+    if node.op in _ARITHMETIC:
+        number = constant_value(node.inputs[1 - _moved(node)])
+        return number is not None and number.size == 1 and number.ndim <= rank
     return node.op in _ELEMENTWISE
 
 
