@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 from onnxslim_llm.concepts.block_weights import BLOCK_MATMUL, BlockJob, job_of
 from onnxslim_llm.concepts.concept import replace_nodes
 from onnxslim_llm.concepts.packed_weights import COLUMNS_TOGETHER, PackedBlockJob
+from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.ownership import is_overridable
 from onnxslim_llm.ir.weights import ConcatWeight, SparseWeight, constant, weight_of
 from onnxslim_llm.ir.weights.jobs import derive
@@ -52,10 +53,14 @@ class PackProjections(Pass):
         - a weight is a graph output, a graph input that the caller may replace, or stored sparse;
         - few-bit weights are no recorded work, because the model was saved half way, or have columns in no
           multiple of 16;
+        - there are fewer than `float_products` of them and the weights are floats;
         - `floats` or `quantized` is off and the weights are of that kind.
 
     Attributes:
         floats: Pack products with float weights.
+        float_products: Smallest number of float products that are packed. On ONNX Runtime two of them are as fast
+            alone, three save a node; of few-bit weights two already make a step faster
+            (benchmarks/packing/projections.py).
         quantized: Pack products with few-bit weights.
     """
 
@@ -63,7 +68,13 @@ class PackProjections(Pass):
     group: ClassVar[str] = "fuse"
 
     floats: bool = True
+    float_products: int = 3
     quantized: bool = True
+
+    def __post_init__(self) -> None:
+        if self.float_products < 2:
+            what = f"float_products must be 2 or more, not {self.float_products}"
+            raise UsageError(what, where=self.name, todo="one product cannot be packed")
 
     def apply(self, model: Model, context: Context) -> Change:
         """Pack what reads the same tensor."""
@@ -153,7 +164,16 @@ class _Sites:
                 other = next(m[0] for m in kinds.values() if m is not members)
                 reason = f"its weight has {members[0].described}, that of the product beside it {other.described}"
                 change.skip(members[0].node.name or members[0].node.outputs[0].name, reason)
-        return [members for members in kinds.values() if len(members) > 1]
+        found = []
+        for members in kinds.values():
+            wanted = self.options.float_products if members[0].job is None else 2
+            if len(members) >= wanted:
+                found.append(members)
+            elif len(members) > 1:
+                node = members[0].node
+                reason = f"{len(members)} float products, fewer than float_products = {wanted}"
+                change.skip(node.name or node.outputs[0].name, reason)
+        return found
 
     def _member(self, node: gs.Node) -> tuple[_Member | None, str]:
         if BLOCK_MATMUL.is_call(node):

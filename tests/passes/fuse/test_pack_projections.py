@@ -11,6 +11,7 @@ import pytest
 from block_models import model_of, proto, run, skipped, weights
 from onnx import numpy_helper
 
+from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.model import Model, open_model
 from onnxslim_llm.ir.save import save_model
 from onnxslim_llm.rewrite.pipeline import PassRecord, Pipeline
@@ -45,7 +46,7 @@ def qkv(text: str = QKV, opset: int = 21, dtype: object = np.float32, **more: np
 BIASES = {"Bq": weights(4, NQ), "Bk": weights(5, NKV), "Bv": weights(6, NKV)}
 
 
-def packed(source: onnx.ModelProto, passes: str = "pack_projections") -> tuple[Model, PassRecord]:
+def packed(source: onnx.ModelProto, passes: str = "pack_projections{float_products=2}") -> tuple[Model, PassRecord]:
     model = model_of(source)
     records = Pipeline(passes).run(model)
     return model, next(record for record in records if record.name == "pack_projections")
@@ -244,6 +245,18 @@ def test_columns_that_fill_no_group() -> None:
     assert "24 columns" in next(iter(skipped(record).values()))
 
 
+def test_two_float_products_are_as_fast_alone() -> None:
+    source = qkv(QKV.replace("v = MatMul (x, Wv)", "").replace(f", float[b, s, {NKV}] v", ""))
+    source.graph.initializer.remove(next(t for t in source.graph.initializer if t.name == "Wv"))
+    model, record = packed(source, "pack_projections")
+    assert ops(model) == {"MatMul": 2}
+    assert "2 float products" in next(iter(skipped(record).values()))
+    model, _ = packed(source)
+    assert ops(model) == {"MatMul": 1, "Split": 1}
+    model, _ = packed(source, "quantize_weights{min_elements=0}, pack_projections")
+    assert ops(model) == {"BlockMatMul": 1, "Split": 1}
+
+
 @pytest.mark.parametrize(("option", "quantize"), [("floats", ""), ("quantized", "quantize_weights{min_elements=0}, ")])
 def test_switched_off(option: str, quantize: str) -> None:
     model, record = packed(qkv(), f"{quantize}pack_projections{{{option}=false}}")
@@ -274,3 +287,8 @@ def test_products_in_a_subgraph() -> None:
     assert record.changed == 1
     feeds = {"c": np.array(True), "x": np.random.default_rng(9).standard_normal((2, 3, K)).astype(np.float32)}
     np.testing.assert_allclose(run(model.to_proto(), feeds), run(source, feeds), 0, 2 * REORDERED)
+
+
+def test_an_option_that_makes_no_sense() -> None:
+    with pytest.raises(UsageError, match="2 or more"):
+        Pipeline("pack_projections{float_products=1}")
