@@ -99,9 +99,9 @@ def _padded(batch: int, total: int, *, left: bool) -> Array:
 
 
 def _odd_positions() -> Iterator[tuple[str, Array]]:
-    """Positions that do not follow from the mask: a rule that derives them itself shows."""
+    """Positions whose distances do not follow from the mask: a rule that derives them itself shows."""
     steps = np.arange(_LENGTH)
-    yield "positions from 5 on", np.tile(steps + 5, (2, 1))
+    yield "every second position", np.tile(2 * steps, (2, 1))
     yield "positions that start again", np.stack([steps % 7, steps[::-1]])
 
 

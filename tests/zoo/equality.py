@@ -62,7 +62,7 @@ class Equality:
         ]
         if self.greedy_match < 1:
             wrong.append(f"greedy tokens differ after {self.greedy_match:.0%} of {self.greedy}")
-        wrong += self.interface
+        assert not self.interface, "\n".join(self.interface)
         assert self.cases, f"nothing could be compared: {self.skipped}"
         assert not wrong, "\n".join(wrong)
 
