@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_graphsurgeon as gs
+from onnx import TensorProto
 
 from onnxslim_llm.concepts.activation import GELU, GELU_TANH, SWISH
 from onnxslim_llm.concepts.concept import Concept
@@ -16,7 +17,7 @@ from onnxslim_llm.passes.fuse.opset import any_rule_fits, raise_opset
 from onnxslim_llm.rewrite.constants import constant_value
 from onnxslim_llm.rewrite.edit import Builder
 from onnxslim_llm.rewrite.engine import apply_rules
-from onnxslim_llm.rewrite.facts import rank_of
+from onnxslim_llm.rewrite.facts import onnx_type, rank_of
 from onnxslim_llm.rewrite.matcher import Match
 from onnxslim_llm.rewrite.passes import Change, Pass
 from onnxslim_llm.rewrite.pattern import PatternBuilder, Wildcard
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FuseActivations"]
 
+_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _CUBIC = 0.044715
 _ROOT = math.sqrt(2 / math.pi)
 #: Default of com.microsoft QuickGelu.
@@ -56,7 +58,7 @@ class _Gelu(Rule):
         return self._order(op, x, self._bracket(op, x))
 
     def check(self, match: Match) -> Refusal | None:
-        return _check_scalars(match)
+        return _check_type(match) or _check_scalars(match)
 
     def rewrite(self, op: Builder, match: Match) -> gs.Tensor:
         return self._concept.build(op, match["x"])
@@ -81,7 +83,7 @@ class _Swish(Rule):
     def check(self, match: Match) -> Refusal | None:
         if "alpha" in match.tensors and match.scalar("alpha") is None:
             return Refusal("alpha is no single number", match["alpha"].name)
-        return _check_scalars(match)
+        return _check_type(match) or _check_scalars(match)
 
     def rewrite(self, op: Builder, match: Match) -> gs.Tensor:
         alpha = match.scalar("alpha") if "alpha" in match.tensors else 1.0
@@ -105,11 +107,22 @@ class _Operator(Rule):
             attributes["alpha"] = op.bind("alpha")
         return op.any_of(self._op)(x, _domain=self._domain, **attributes)
 
+    def check(self, match: Match) -> Refusal | None:
+        return _check_type(match)
+
     def rewrite(self, op: Builder, match: Match) -> gs.Tensor:
         if self._default is None:
             return self._concept.build(op, match["x"])
         alpha = match.attributes["alpha"]
         return self._concept.build(op, match["x"], alpha=self._default if alpha is None else alpha)
+
+
+def _check_type(match: Match) -> Refusal | None:
+    """Refuse double precision: the constants of the concepts are float32."""
+    kind = onnx_type(match["x"])
+    if kind is None:
+        return Refusal("the type is unknown", match["x"].name)
+    return None if kind in _TYPES else Refusal("it computes in another type than 16 or 32-bit floats", match["x"].name)
 
 
 def _check_scalars(match: Match) -> Refusal | None:
@@ -188,6 +201,7 @@ class FuseActivations(Pass):
         y = onnxslim_llm.Gelu (x)
     Skips when:
         - a factor is another number, differs by element, or has more axes than the input;
+        - it is computed in float64, whose digits the constants of the concepts do not have, or the type is unknown;
         - an inner tensor is used elsewhere, or is an output of the graph;
         - it is a HardSwish, a Swish whose alpha is no constant, or a FastGelu with a bias.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import onnx_graphsurgeon as gs
+from onnx import TensorProto
 
 from onnxslim_llm.concepts.activation import GELU, GELU_TANH
 from onnxslim_llm.ir.shapes import shape_of
@@ -17,7 +18,9 @@ __all__ = ["GELU_OPSET", "SWISH_OPSET", "bias_gelu", "gelu", "quick_gelu", "swis
 
 GELU_OPSET, SWISH_OPSET = 20, 24
 _CONTRIB = "com.microsoft"
-#: Operators with a bias input, and whether the activation is the approximate one.
+#: What ONNX Runtime's own operators have kernels for.
+_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16)
+#: Operators with a bias input.
 _BIASED = {GELU.name: "BiasGelu", GELU_TANH.name: "FastGelu"}
 
 
@@ -34,7 +37,7 @@ def bias_gelu(op: Builder, call: gs.Node, graph_outputs: set[int]) -> Sequence[g
     As fast as Add and Gelu, which ONNX Runtime fuses like that itself: it saves the session the work.
     """
     x = call.inputs[0]
-    split = _split_bias(x, graph_outputs)
+    split = _split_bias(x, graph_outputs) if onnx_type(x) in _TYPES else None
     if split is None:
         return gelu(op, call)
     value, bias = split
@@ -80,4 +83,6 @@ def quick_gelu(op: Builder, call: gs.Node) -> Sequence[gs.Tensor] | None:
 
     Same bits as Mul and Sigmoid in 0.9 to 1.1 of the time; see `swish_product` for Swish.
     """
+    if onnx_type(call.inputs[0]) not in _TYPES:
+        return swish_product(op, call)
     return [op.call(_CONTRIB, "QuickGelu", call.inputs[0], alpha=float(call.attrs["alpha"]))]

@@ -186,3 +186,12 @@ def test_an_inner_tensor_that_is_used_elsewhere() -> None:
 )
 def test_other_activations_are_left(body: str) -> None:
     assert fused(model(body)).sites == 0
+
+
+def test_double_precision_is_left() -> None:
+    source = model(
+        "a = Mul (x, alpha)  g = Sigmoid (a)  y = Mul (x, g)", HEAD.replace("float", "double"), dtype=np.float64
+    )
+    result = fused(source, floats(2, 3, 8, dtype=np.float64))
+    assert result.sites == 0
+    assert "another type than 16 or 32-bit floats" in result.reasons
