@@ -138,7 +138,7 @@ class _Search:
         refusal = self._closed(rotation) or self._proofs.refusal(rotation)
         cosines, sines = table_of(rotation.cosines), table_of(rotation.sines)
         if refusal is None and (cosines is None or sines is None):
-            refusal = Refusal("its cosines or sines come from several tensors", where)
+            refusal = Refusal("its cosines or sines come from several tensors, or are one for all pairs", where)
         if refusal is None and cosines is not None and sines is not None:
             layout = layout_of(self.elements, rotation, cosines, sines)
             if isinstance(layout, Layout):

@@ -15,8 +15,8 @@ import onnx_graphsurgeon as gs
 
 from onnxslim_llm.concepts.rotary import RotaryPairs
 from onnxslim_llm.passes.fuse.rotary_elements import Elements
-from onnxslim_llm.passes.fuse.rotary_steps import Element, operand_picks, producer
-from onnxslim_llm.rewrite.constants import is_constant
+from onnxslim_llm.passes.fuse.rotary_products import Product, SumReader
+from onnxslim_llm.passes.fuse.rotary_steps import Element, producer
 from onnxslim_llm.rewrite.rule import Refusal
 
 __all__ = ["ROOTS", "Column", "NearRotation", "Rotation", "find_rotation"]
@@ -25,8 +25,6 @@ __all__ = ["ROOTS", "Column", "NearRotation", "Rotation", "find_rotation"]
 ROOTS = frozenset(["Add", "Sub", "Sum", "Concat", "Reshape"])
 #: Largest head; a hidden state as a whole is no head.
 MAX_WIDTH = 1024
-_SUMS = ("Add", "Sub", "Sum")
-_TERMS = 2
 #: Nodes that are looked at behind a factor to find angles.
 _NODES_SEEN = 64
 
@@ -43,12 +41,6 @@ class Column(NamedTuple):
     operand: Element
     origin: Element
     negated: bool
-
-
-class _Product(NamedTuple):
-    sign: int
-    left: Element
-    right: Element
 
 
 @dataclass(frozen=True)
@@ -123,64 +115,12 @@ def find_rotation(elements: Elements, root: gs.Node) -> Rotation | NearRotation 
     return nearest
 
 
-class _Search:
+class _Search(SumReader):
     def __init__(self, elements: Elements, output: gs.Variable, rank: int, width: int) -> None:
-        self.elements = elements
-        self.output = output
-        self.rank = rank
+        super().__init__(elements, output, rank)
         self.width = width
-        self.inner: dict[int, gs.Node] = {}
 
-    def element(self, index: int, stop: frozenset[int]) -> Element:
-        """Follow an element of the result to a sum or to X."""
-        return self._way(index, stop)[-1]
-
-    def _way(self, index: int, stop: frozenset[int]) -> list[Element]:
-        return self.elements.way(Element(1, self.output, ((self.rank - 1, index),)), stop)
-
-    def products(self, index: int, stop: frozenset[int]) -> list[_Product] | None:
-        """Return the two products that an element of the result is the sum of, or None."""
-        way_to_sum = self._way(index, stop)
-        total = way_to_sum[-1]
-        node = producer(total.tensor)
-        if (
-            node is None
-            or node.op not in ("Add", "Sub", "Sum")
-            or len(node.inputs) != _TERMS
-            or id(total.tensor) in stop
-        ):
-            return None
-        found = []
-        for position, tensor in enumerate(node.inputs):
-            sign = -1 if node.op == "Sub" and position else 1
-            term = self._operand(total, tensor)
-            way = [] if term is None else self.elements.way(term, stop)
-            end = way[-1] if way else None
-            product = producer(end.tensor) if end is not None and id(end.tensor) not in stop else None
-            if end is None or product is None or product.op != "Mul" or any(map(is_constant_small, product.inputs)):
-                return None
-            left, right = (self._operand(end, factor) for factor in product.inputs)
-            if left is None or right is None:
-                return None
-            for passed in way:
-                self._remember(passed.tensor)
-            found.append(_Product(total.sign * end.sign * sign, left._replace(sign=1), right._replace(sign=1)))
-        for passed in way_to_sum:
-            self._remember(passed.tensor)
-        return found
-
-    def _operand(self, result: Element, tensor: gs.Tensor) -> Element | None:
-        shape, whole = self.elements.shape(tensor), self.elements.shape(result.tensor)
-        if shape is None or whole is None:
-            return None
-        return Element(1, tensor, operand_picks(result.picks, shape, len(whole)))
-
-    def _remember(self, tensor: gs.Tensor) -> None:
-        node = producer(tensor)
-        if node is not None:
-            self.inner[id(node)] = node
-
-    def rotated(self, products: Sequence[_Product]) -> Iterator[gs.Tensor]:
+    def rotated(self, products: Sequence[Product]) -> Iterator[gs.Tensor]:
         """Yield the tensors that may be X: those that both products use, of the right width first, farthest first."""
         seen: list[dict[int, Element]] = []
         for product in products:
@@ -214,7 +154,6 @@ class _Search:
         where = self.output.name
         rows: list[_Row] = []
         passed: list[tuple[int, int]] = []
-        trailing = 0
         for index in range(self.width):
             row = self._row(index, x, stop, rows[0].own if rows else None) if not passed else None
             if row is not None:
@@ -287,7 +226,7 @@ class _Search:
             return _Row(other_place, place, other_sign, sign, other_column, column)
         return _Row(place, other_place, sign, other_sign, column, other_column)
 
-    def _term(self, product: _Product, x: gs.Tensor, stop: frozenset[int]) -> tuple[int, int, Column] | None:
+    def _term(self, product: Product, x: gs.Tensor, stop: frozenset[int]) -> tuple[int, int, Column] | None:
         for factor, table in ((product.left, product.right), (product.right, product.left)):
             end = self.elements.origin(factor, stop)
             place = self._place(end, x)
@@ -325,8 +264,3 @@ def _is_made_of_angles(tensor: gs.Tensor) -> bool:
         if node is not None and node.op not in ("MatMul", "Gemm"):
             waiting += node.inputs
     return False
-
-
-def is_constant_small(tensor: gs.Tensor) -> bool:
-    """Return whether a factor is one number for all elements."""
-    return is_constant(tensor) and all(dim == 1 for dim in tensor.shape or ())

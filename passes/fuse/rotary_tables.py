@@ -170,6 +170,8 @@ def table_of(columns: Sequence[Column]) -> Table | None:
             at = moving[0]
             constant = tuple(pick for i, pick in enumerate(first.picks) if i != at)
             indices = tuple(e.picks[at][1] for e in elements)
+            if len(indices) > 1 and set(indices) == {0}:
+                continue  # one column for all pairs
             return Table(first.tensor, axes[at], indices, constant, by_operand and True in negated)
     return None
 

@@ -77,6 +77,10 @@ MISSES = {
         + PLAIN,
         "differ from head to head",
     ),
+    "one angle for all pairs": (
+        "f1 = Slice (f, i0, i1, last)  f4 = Unsqueeze (f1, i1)  c = Cos (f4)  s = Sin (f4)" + PLAIN,
+        "come from several tensors, or are one for all pairs",
+    ),
     "tables without tokens": (
         "f1 = ReduceMax (f, i1)  both = Concat <axis = -1> (f1, f1)  f4 = Unsqueeze (both, i1)  c = Cos (f4)  s = Sin (f4)"
         + PLAIN,
