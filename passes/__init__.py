@@ -19,6 +19,7 @@ from onnxslim_llm.passes.cleanup.remove_dead_code import RemoveDeadCode
 from onnxslim_llm.passes.cleanup.simplify_algebra import SimplifyAlgebra
 from onnxslim_llm.passes.cleanup.tie_weights import TieWeights
 from onnxslim_llm.passes.fuse.add_kv_cache import AddKvCache
+from onnxslim_llm.passes.fuse.fold_embedding_scale import FoldEmbeddingScale
 from onnxslim_llm.passes.fuse.fold_rotary_tables import FoldRotaryTables
 from onnxslim_llm.passes.fuse.fuse_activations import FuseActivations
 from onnxslim_llm.passes.fuse.fuse_attention import FuseAttention
@@ -65,6 +66,7 @@ PASSES: tuple[type[Pass], ...] = (
     SimplifyMasks,
     AddKvCache,
     KeepLastLogits,
+    FoldEmbeddingScale,
     QuantizeWeights,
     PackProjections,
     RaiseBlockWeights,

@@ -104,11 +104,11 @@ class _Work:
             raise self._refusal(f"'{self._mask.name}' is not [batch, tokens] like '{self._ids.name}'")
         if not attentions:
             raise self._refusal("no attention was recognised in it")
+        self._check_causal()
         self._axes = TokenAxes(self._graph, values, roots, dims[0], self._length)
         for output in self._graph.outputs:
             if self._axes.of(output) is None:
                 raise self._refusal(f"output '{output.name}' does not depend on the text")
-        self._check_causal()
 
     def _refusal(self, reason: str) -> MixesTokensError:
         return MixesTokensError(reason, self._first)
