@@ -118,11 +118,11 @@ class Probe:
         for node in self.nodes:
             shape = self._shapes.get(id(node))
             if shape is not None:
-                dims = [size_at(dim, sizes) for dim in shape]
+                dims = [size_at(dim, sizes) for dim in _kept(shape, node)]
                 numbers = [dim for dim in dims if dim is not None]
                 if len(numbers) != len(dims):
                     return None
-                values[id(node.outputs[0])] = np.array(_sliced(numbers, node), np.int64)
+                values[id(node.outputs[0])] = np.array(numbers, np.int64)
                 continue
             results = self._runners[id(node)]([None if t.is_empty() else values[id(t)] for t in node.inputs])
             if results is None or sum(result.size for result in results) > MAX_ELEMENTS:
@@ -130,11 +130,6 @@ class Probe:
             for tensor, result in zip(node.outputs, results, strict=True):
                 values[id(tensor)] = result
         return values[id(self.tensor)]
-
-
-def _sliced(dims: list[int], node: gs.Node) -> list[int]:
-    end = node.attrs.get("end")
-    return dims[slice(int(node.attrs.get("start", 0)), None if end is None else int(end))]
 
 
 def make_probe(

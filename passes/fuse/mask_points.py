@@ -108,12 +108,12 @@ def break_points(probe: Probe) -> Breaks:
     return Breaks(replaced, stands_for, sorted(set(numbers.values())), sorted(tables))
 
 
-def points(axes: Axes, free: Mapping[str, Dim], breaks: Breaks) -> Iterator[Point]:
+def points(axes: Axes, free: Mapping[str, Dim | None], breaks: Breaks) -> Iterator[Point]:
     """Yield the points; those beyond the end of a table are left out.
 
     Args:
         axes: The sizes of the attention.
-        free: What symbols that occur nowhere in `axes` are, as far as that is known.
+        free: What symbols that occur nowhere in `axes` are; None for those of which nothing is known.
         breaks: The program's constants and tables.
     """
     end = min(breaks.tables, default=_END)
@@ -137,7 +137,9 @@ def points(axes: Axes, free: Mapping[str, Dim], breaks: Breaks) -> Iterator[Poin
             yield point
 
 
-def solve(axes: Axes, free: Mapping[str, Dim], batch: int, queries: int, past: int, real: bool = False) -> Point | None:
+def solve(
+    axes: Axes, free: Mapping[str, Dim | None], batch: int, queries: int, past: int, real: bool = False
+) -> Point | None:
     """Return the point with these sizes; fixed sizes of the model win."""
     sizes: dict[str, int] = {}
     wanted = [(axes.batch, batch), (axes.queries, queries), (axes.past, past)]
@@ -149,8 +151,9 @@ def solve(axes: Axes, free: Mapping[str, Dim], batch: int, queries: int, past: i
             if name is None:
                 return None
             sizes.setdefault(name, size)
-    for name, dim in free.items():
-        number = size_at(dim, sizes)
+    for i, (name, known) in enumerate(free.items()):
+        # A size that nothing here depends on: a different one at every point, so that it would show if something did.
+        number = (7 * batch + 5 * queries + 3 * past + i) % 11 + 1 if known is None else size_at(known, sizes)
         if number is None:
             return None
         sizes.setdefault(name, number)

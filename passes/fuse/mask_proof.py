@@ -99,10 +99,10 @@ def _real_window(stands_for: dict[int, int], window: int) -> int:
 
 def _free_sizes(
     values: SymbolicValues, axes: Axes, probe: Probe, padding: gs.Variable | None
-) -> dict[str, Dim] | Unclear:
+) -> dict[str, Dim | None] | Unclear:
     """Return what the symbols are that the attention itself does not know, from the shapes that have to fit."""
     known = {name for dim in (axes.batch, axes.queries, axes.past, axes.keys) for name in symbols_of(dim)}
-    free: dict[str, Dim] = {}
+    free: dict[str, Dim | None] = {}
     pairs: list[tuple[Dim, Dim]] = []
     shape = values.shape_of(probe.tensor)
     if shape:
@@ -119,12 +119,13 @@ def _free_sizes(
             names = symbols_of(theirs) - known
             if len(names) == 1 and len(theirs.terms) == 1:
                 free.setdefault(names.pop(), ours)
-    missing = wanted - known - set(free)
-    return Unclear(f"it depends on the size '{sorted(missing)[0]}'") if missing else free
+    for name in sorted(wanted - known - set(free)):
+        free[name] = None  # some tensor has it that is asked for another of its sizes
+    return free
 
 
 def _observe(
-    values: SymbolicValues, probe: Probe, axes: Axes, free: dict[str, Dim], padding: gs.Variable | None
+    values: SymbolicValues, probe: Probe, axes: Axes, free: dict[str, Dim | None], padding: gs.Variable | None
 ) -> Iterator[Observation | Unclear]:
     breaks = break_points(probe)
     entries = breaks.constants + list(breaks.stands_for)
