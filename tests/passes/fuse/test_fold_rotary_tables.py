@@ -178,6 +178,13 @@ LEFT = {
         ALL,
         "positions are changed before they index a table",
     ),
+    "positions are clipped": (
+        "p0 = Unsqueeze (p, i1)  p1 = Min (p0, i8)  p2 = Squeeze (p1, i1)  c0 = Gather (half1, p2)  s0 = Sin (c0)  "
+        "cu = Concat <axis = -1> (c0, c0)  su = Concat <axis = -1> (s0, s0)  c = Unsqueeze (cu, i1)  s = Unsqueeze (su, i1)"
+        + PLAIN,
+        ALL,
+        "positions are changed before they index a table",
+    ),
     "looked up already": (
         "c0 = Gather (half1, p)  s0 = Gather (half2, p)  c1 = Concat <axis = -1> (c0, c0)  s1 = Concat <axis = -1> (s0, s0)  c = Unsqueeze (c1, i1)  s = Unsqueeze (s1, i1)"
         + PLAIN,
