@@ -12,6 +12,9 @@ __all__ = ["guard_against_empty_rows", "guard_against_nan"]
 
 #: Quantifier over the keys (None: there is one answer for each key), and whether it asks for hidden ones.
 _Claim = tuple[str | None, bool]
+#: Nodes that say whether a row is empty; torch writes six.
+MOST_STEPS = 16
+
 _DUAL = {"all": "any", "any": "all", None: None}
 _QUANTIFIERS = {"ReduceMin": "all", "ReduceMax": "any"}
 
@@ -49,35 +52,35 @@ def guard_against_empty_rows(
 
 
 def _is_zero(tensor: gs.Tensor) -> bool:
-    value = constant_value(tensor)
-    if value is not None:
-        return not value.any()
     node = producer(tensor)
-    if node is None:
-        return False
-    if node.op == "Expand":
-        return _is_zero(node.inputs[0])
-    fill = node.attrs.get("value")
-    return node.op == "ConstantOfShape" and (fill is None or _is_zero(fill))
+    if node is not None and node.op == "Expand":
+        tensor = node.inputs[0]
+    elif node is not None and node.op == "ConstantOfShape":
+        if "value" not in node.attrs:
+            return True
+        tensor = node.attrs["value"]
+    value = constant_value(tensor)
+    return value is not None and not value.any()
 
 
 def _claim(tensor: gs.Tensor, rows: gs.Tensor, nodes: list[gs.Node]) -> _Claim | None:
     """Return what a tensor of booleans (or 0 and 1) says about `rows`; collect the nodes that make it."""
+    chain: list[gs.Node] = []
     node = producer(tensor)
-    if node is None:
-        return None
-    if node.op in ("Equal", "IsInf"):
-        return _comparison(node, rows, nodes)
-    claim = _claim(node.inputs[0], rows, nodes) if node.op in ("Cast", "Not", *_QUANTIFIERS) else None
-    if claim is None:
-        return None
-    nodes.append(node)
-    quantifier, hidden = claim
-    if node.op == "Not":  # no key is seen: all are hidden
-        return _DUAL[quantifier], not hidden
-    if node.op == "Cast":
-        return claim
-    return (_QUANTIFIERS[node.op], hidden) if quantifier is None and _runs_over_keys(node) else None
+    while node is not None and node.op in ("Cast", "Not", *_QUANTIFIERS) and len(chain) < MOST_STEPS:
+        chain.append(node)
+        node = producer(node.inputs[0])
+    claim = _comparison(node, rows, nodes) if node is not None and node.op in ("Equal", "IsInf") else None
+    for step in reversed(chain):
+        if claim is None:
+            return None
+        quantifier, hidden = claim
+        if step.op == "Not":  # no key is seen: all are hidden
+            claim = _DUAL[quantifier], not hidden
+        elif step.op in _QUANTIFIERS:
+            claim = (_QUANTIFIERS[step.op], hidden) if quantifier is None and _runs_over_keys(step) else None
+    nodes += chain
+    return claim
 
 
 def _comparison(node: gs.Node, rows: gs.Tensor, nodes: list[gs.Node]) -> _Claim | None:

@@ -18,6 +18,9 @@ from onnxslim_llm.rewrite.schema import normal_domain
 
 __all__ = ["Mask", "Scores", "is_widening", "keeps_rows", "producer", "read_scores"]
 
+#: Nodes between the product and the Softmax; real ones have up to ten.
+MOST_STEPS = 64
+
 #: exp(-1e4) is 0 in float32, whatever the scores beside it are: below, it does not matter how far.
 MASKED = -1e4
 
@@ -102,8 +105,22 @@ class _Reader:
     def __init__(self, values: SymbolicValues) -> None:
         self._values = values
         self._depth = 0  # of the last failure
+        self._failed: dict[int, tuple[int, NotAttentionError]] = {}
 
     def read(self, tensor: gs.Tensor, depth: int) -> Scores:
+        """Read on, unless that failed before: sums of sums are not searched again and again."""
+        if id(tensor) in self._failed:
+            self._depth, error = self._failed[id(tensor)]
+            raise error
+        if depth > MOST_STEPS:
+            raise NotAttentionError("no product is found near the Softmax", tensor)
+        try:
+            return self._read(tensor, depth)
+        except NotAttentionError as error:
+            self._failed[id(tensor)] = (self._depth, error)
+            raise
+
+    def _read(self, tensor: gs.Tensor, depth: int) -> Scores:
         self._depth = depth
         node = producer(tensor)
         if node is None:

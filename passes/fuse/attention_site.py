@@ -10,7 +10,6 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxslim_llm.ir.shapes import SymbolicValues
-from onnxslim_llm.ir.shapes.dims import product
 from onnxslim_llm.ir.topology import read_tensors
 from onnxslim_llm.passes.fuse.arrange import Arrangement
 from onnxslim_llm.passes.fuse.attention_bias import lift_masks
@@ -19,7 +18,7 @@ from onnxslim_llm.passes.fuse.attention_outputs import Result, Results, read_res
 from onnxslim_llm.passes.fuse.attention_products import NotAttentionError
 from onnxslim_llm.passes.fuse.attention_scores import Scores, is_widening, keeps_rows, producer, read_scores
 from onnxslim_llm.passes.fuse.attention_weights import Weights, read_weights
-from onnxslim_llm.passes.fuse.axes import View, leaves, regroup
+from onnxslim_llm.passes.fuse.axes import View, leaves, regroup, size_of
 
 __all__ = ["Site", "Surroundings", "read_site"]
 
@@ -110,11 +109,12 @@ def read_site(softmax: gs.Node, around: Surroundings) -> Site:
     dtype = scores.product.left.dtype
     if dtype is None:
         raise NotAttentionError("the type of the queries is not known", scores.product.left)
-    flat = [atom for axis in scores.view[:-2] for atom in leaves(axis)]
-    lifted_view = _four_axes(flat, heads, scores.view)
-    lifted = lift_masks(scores.masks, lifted_view, values)
-    results = read_results(weights.product, heads.number, values, around.outputs)
     masks = [mask.operand for mask in scores.masks if mask.operand is not None]
+    inner = {id(tensor) for node in nodes for tensor in node.outputs}
+    if any(id(mask) in inner for mask in masks):
+        raise NotAttentionError("the scores are masked with themselves", softmax)
+    lifted = lift_masks(scores.masks, _four_axes(scores.view, heads), values)
+    results = read_results(weights.product, heads.number, values, around.outputs)
     kv_number, caches = _caches(heads, masks, around)
     major, q, k, v, result = _layout(heads, kv_number, caches, results, values, softmax)
     return Site(
@@ -164,16 +164,14 @@ def _check_private(nodes: list[gs.Node], around: Surroundings) -> None:
                 raise NotAttentionError("an inner tensor is used elsewhere", tensor)
 
 
-def _four_axes(flat: list[Any], heads: Heads, view: View) -> View:
+def _four_axes(view: View, heads: Heads) -> View:
     """Return [B, H, S, T] in the atoms of the scores."""
-    sizes = [atom.size for atom in leaves(heads.q.axes.batch)]
-    atoms = leaves(flat)
-    rank = len(view)
-    if rank > 3:
-        batch = leaves(view[0])
-        return [batch, atoms[len(batch) :], view[-2], view[-1]]
-    parts = regroup(atoms, (product(sizes), heads.number))
-    if parts is None:
+    atoms = [atom for axis in view[:-2] for atom in leaves(axis)]
+    count = len(leaves(view[0]))
+    parts: View | None = [atoms[:count], atoms[count:]]
+    if len(view) == 3:
+        parts = regroup(atoms, (size_of(heads.q.axes.batch), heads.number))
+    if parts is None or size_of(parts[1]) != heads.number:
         raise NotAttentionError("batch and heads of the scores cannot be told apart", heads.q.trail.tensors[-1])
     return [*parts, view[-2], view[-1]]
 
@@ -219,7 +217,7 @@ def _layout(
     softmax: gs.Node,
 ) -> tuple[bool, Operand, Operand, Operand, Result]:
     best: tuple[int, bool, Operand, Operand, Operand, Result] | None = None
-    for major in (True, False):
+    for major in (True, False):  # by head where both cost the same: then queries and keys are by head already
         q = heads.q.best(heads.number, major)
         k = new_operand(caches[0], values, major) if caches else heads.k.best(number, major)
         v = new_operand(caches[1], values, major) if caches else heads.v.best(number, major)

@@ -41,6 +41,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"scores": "masked = Add (products, mask)\nbent = Tanh (masked)\nscores = Mul (bent, scale)"},
         "a softcap follows a mask",
     ),
+    "scores added to themselves": (
+        {"scores": "scaled = Mul (products, scale)\nscores = Add (scaled, products)"},
+        "masked with themselves",
+    ),
     "tanh without a factor": (
         {"scores": "scores = Tanh (products)"},
         "Tanh is no step of an attention",
@@ -174,3 +178,27 @@ def test_what_is_fused_already_is_counted() -> None:
     change = FuseAttention().apply(model_of(source), Context())
     assert not change
     assert change.detail["fused_before"] == 1
+
+
+@pytest.mark.parametrize("step", ["Add ({0}, {0})", "Identity ({0})", "Relu ({0})", "Mul ({0}, scale)"])
+@pytest.mark.parametrize("length", [40, 3000])
+def test_long_chains_take_no_time_and_no_stack(step: str, length: int) -> None:
+    chain = "\n".join(f"t{i + 1} = {step.format(f't{i}')}" for i in range(length))
+    source = attention(
+        inputs="float[B, S] t0",
+        outputs="float[B, S] weights",
+        **dict.fromkeys(("q", "k", "v", "products", "mix", "result"), ""),
+        scores=chain,
+        softmax=f"weights = Softmax <axis = -1> (t{length})",
+    )
+    change = FuseAttention().apply(model_of(source), Context())
+    assert len(change.skipped) == 1
+
+
+def test_a_long_chain_that_asks_for_empty_rows() -> None:
+    chain = "\n".join(f"n{i + 1} = Not (n{i})" for i in range(3000))
+    fused = fuse_parts(
+        weights=f"n0 = IsInf <detect_positive = 0> (scores)\n{chain}\nkept = Where (n3000, zero, weights)",
+        mix="mixed = MatMul (kept, vt)",
+    )
+    assert not fused.sites
