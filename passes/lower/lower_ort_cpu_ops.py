@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
+from onnxslim_llm.concepts.block_weights import BlockJob
 from onnxslim_llm.concepts.concept import drop_unused_functions, replace_nodes
 from onnxslim_llm.custom_ops import ops
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.weights.jobs import derive
 from onnxslim_llm.passes.lower.codes import BlockCall, Constants, take_calls
+from onnxslim_llm.passes.lower.epilogues import Epilogue, find_epilogue
 from onnxslim_llm.passes.lower.pack_job import PackJob
 from onnxslim_llm.rewrite.context import Context
-from onnxslim_llm.rewrite.edit import Builder
+from onnxslim_llm.rewrite.edit import Builder, detach
+from onnxslim_llm.rewrite.engine import graph_output_ids
 from onnxslim_llm.rewrite.passes import Change, Pass
 
 __all__ = ["LowerOrtCpuOps"]
@@ -36,6 +40,8 @@ class LowerOrtCpuOps(Pass):
     After:
         Y = onnxslim_llm.ops.MatMulPacked <K, N, bits = 4, block_size = 32, accuracy = "int8"> (X, W_q4)
 
+    A bias, a SiLU or a Gelu after the product, and the product of two halves that makes a gate, become part of it.
+
     Skips when:
         - a table of 2, 4 or 8 bits is only looked up in: ONNX Runtime's own operator is made for that;
         - the codes are no recorded work, because the model was saved half way.
@@ -44,6 +50,7 @@ class LowerOrtCpuOps(Pass):
         accuracy: The least precision of products. "int8": activations are rounded to int8 in blocks; "bf16":
             activations and weights to bfloat16; "exact": all in float32. Products that came in with a precision of
             their own keep it.
+        epilogues: Let the product's operator compute the bias, the SiLU or Gelu and the gate that follow it.
     """
 
     name: ClassVar[str] = "lower_ort_cpu_ops"
@@ -51,6 +58,7 @@ class LowerOrtCpuOps(Pass):
     lossless: ClassVar[bool] = False  # int8 activations; and without lowering there is no artifact to fall back to
 
     accuracy: Literal["exact", "bf16", "int8"] = "int8"
+    epilogues: bool = True
 
     def apply(self, model: Model, context: Context) -> Change:
         """Replace products, and look-ups in what they multiply with."""
@@ -58,38 +66,58 @@ class LowerOrtCpuOps(Pass):
         recorded, opaque = take_calls(model, leave_tables=_RUNTIME_TABLES)
         for node in opaque:
             change.skip(node.name, "its codes are no recorded work")
-        constants, replaced = Constants(model), {}
+        constants, outputs = Constants(model), graph_output_ids(model)
+        replaced: dict[int, list[gs.Node]] = {}
+        removed: list[gs.Node] = []  # keeps them alive, so that their ids stay theirs
+        fused: Counter[str] = Counter()
         for call in recorded:
             op = Builder(model, call.node.name or call.result.name)
-            result = _look_up(constants, op, call) if call.is_gather else self._multiply(constants, op, call)
+            after = Epilogue(call.result, (call.job,))
+            if self.epilogues and not call.is_gather:
+                after = find_epilogue(call, outputs)
+            for node in after.nodes:
+                detach(node)
+                removed.append(node)
+                replaced[id(node)] = []
+            result = _look_up(constants, op, call) if call.is_gather else self._multiply(constants, op, call, after)
             last = op.nodes[-1]
             assert last.outputs[0] is result
-            last.outputs[0] = call.result
+            last.outputs[0] = after.result
             replaced[id(call.node)] = op.nodes
             change.sites.append(call.node.name or call.result.name)
+            fused.update([after.activation, "bias"] if after.bias is not None else [after.activation])
         replace_nodes(model, replaced)
+        change.detail.update({f"with_{name}": count for name, count in sorted(fused.items()) if name != "none"})
         if replaced:
             drop_unused_functions(model)
             if model.opset(ops.DOMAIN) is None:
                 model.set_opset(ops.DOMAIN, ops.VERSION)
         return change
 
-    def _multiply(self, constants: Constants, op: Builder, call: BlockCall) -> gs.Tensor:
-        accuracy = call.job.accuracy or self.accuracy
-        packed = _packed(constants, call)
-        return op.call(ops.DOMAIN, "MatMulPacked", call.operand, packed, **_attributes(call), accuracy=accuracy)
+    def _multiply(self, constants: Constants, op: Builder, call: BlockCall, after: Epilogue) -> gs.Tensor:
+        inputs = [call.operand, _packed(constants, call, after.jobs)]
+        if after.bias is not None:
+            inputs.append(after.bias)
+        return op.call(
+            ops.DOMAIN,
+            "MatMulPacked",
+            *inputs,
+            **_attributes(call),
+            accuracy=after.jobs[0].accuracy or self.accuracy,
+            activation=after.activation if after.activation != "none" else None,
+        )
 
 
 def _look_up(constants: Constants, op: Builder, call: BlockCall) -> gs.Tensor:
     indices = call.operand
     if indices.dtype != "int64":
         indices = op.Cast(indices, to=TensorProto.INT64)
-    rows = op.call(ops.DOMAIN, "GatherPacked", _packed(constants, call), indices, **_attributes(call))
+    rows = op.call(ops.DOMAIN, "GatherPacked", _packed(constants, call, (call.job,)), indices, **_attributes(call))
     return rows if call.scale_type == TensorProto.FLOAT else op.Cast(rows, to=call.scale_type)
 
 
-def _packed(constants: Constants, call: BlockCall) -> gs.Constant:
-    (weight,) = derive(PackJob(call.job))
+def _packed(constants: Constants, call: BlockCall, jobs: tuple[BlockJob, ...]) -> gs.Constant:
+    (weight,) = derive(PackJob(*jobs))
     return constants.shared(call, 0, weight)
 
 
