@@ -283,10 +283,14 @@ def test_inside_a_branch() -> None:
     assert form_of(fused) == PLAIN
 
 
-def test_an_old_opset_is_raised_only_if_there_is_something_to_fuse() -> None:
-    fused = fuse_parts(opset=14)
+@pytest.mark.parametrize("opset", [11, 12, 13, 17, 18, 21, 23])
+def test_opsets(opset: int) -> None:
+    fused = fuse_parts(opset=opset, softmax="weights = Softmax <axis = 3> (scores)")
     assert form_of(fused) == PLAIN
-    assert fused.model.opset() == 18
+    assert fused.model.opset() == max(opset, 18)
+
+
+def test_an_old_opset_is_raised_only_if_there_is_something_to_fuse() -> None:
     left = fuse_parts(opset=14, softmax="weights = Softmax <axis = 2> (scores)")
     assert left.model.opset() == 14
 
