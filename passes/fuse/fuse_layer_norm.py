@@ -69,8 +69,13 @@ class _Narrow(Rule):
     explain = True
     near = 3
 
+    @property
+    def name(self) -> str:
+        return "casts around a layer norm"
+
     def pattern(self, op: PatternBuilder, x: Wildcard) -> Any:
-        return op.Cast(_pattern(op, op.Cast(x, to=TensorProto.FLOAT), 1.0), to=op.bind("to"))
+        wide = op.Cast(x, to=TensorProto.FLOAT)
+        return op.Cast(_pattern(op, wide, op.var("weight")), to=op.bind("to"))
 
     def check(self, match: Match) -> Refusal | None:
         return check_narrow(match)
@@ -84,6 +89,10 @@ class _Weight(Rule):
 
     explain = True
     near = 3
+
+    @property
+    def name(self) -> str:
+        return "weight of a layer norm"
 
     def pattern(self, op: PatternBuilder, x: Wildcard) -> Any:
         return op.Mul(_pattern(op, x, 1.0), op.const("weight"))
@@ -100,6 +109,10 @@ class _Bias(Rule):
 
     explain = True
     near = 3
+
+    @property
+    def name(self) -> str:
+        return "bias of a layer norm"
 
     def pattern(self, op: PatternBuilder, x: Wildcard, weight: Wildcard) -> Any:
         return op.Add(_pattern(op, x, weight), op.const("bias"))

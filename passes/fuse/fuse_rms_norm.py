@@ -77,9 +77,13 @@ class _Narrow(Rule):
     explain = True
     near = 3
 
+    @property
+    def name(self) -> str:
+        return "casts around an rms norm"
+
     def pattern(self, op: PatternBuilder, x: Wildcard) -> Any:
         wide = op.Cast(x, to=TensorProto.FLOAT)
-        norm = op.RMSNorm(wide, 1.0, _domain=DOMAIN, epsilon=op.bind("epsilon"))
+        norm = op.RMSNorm(wide, op.var("weight"), _domain=DOMAIN, epsilon=op.bind("epsilon"))
         return op.Cast(norm, to=op.bind("to"))
 
     def check(self, match: Match) -> Refusal | None:
@@ -95,6 +99,10 @@ class _Weight(Rule):
 
     explain = True
     near = 3
+
+    @property
+    def name(self) -> str:
+        return "weight of an rms norm"
 
     def pattern(self, op: PatternBuilder, x: Wildcard) -> Any:
         norm = op.RMSNorm(x, 1.0, _domain=DOMAIN, epsilon=op.bind("epsilon"))

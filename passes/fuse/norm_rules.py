@@ -89,7 +89,10 @@ def check_float32(match: Match, x: gs.Tensor) -> Refusal | None:
 
 
 def check_narrow(match: Match) -> Refusal | None:
-    """Refuse a cast of the result to another type than the one that the input was cast from."""
+    """Refuse a cast of the result to another type than the input was cast from, and one behind the weight."""
+    weight = match.value("weight")
+    if weight is None or not np.all(weight == 1):
+        return Refusal("the weight is multiplied in float32, before the cast: the casts stay", match["weight"].name)
     narrow = onnx_type(match["x"])
     if narrow not in NARROW_TYPES:
         return Refusal("the input of the norm is of no 16-bit type", match["x"].name)

@@ -141,6 +141,7 @@ def test_a_weight_that_is_multiplied_in_float32_keeps_the_casts_bit_for_bit() ->
     source = model(f"{HALF_UNIT}  p = Mul (n, w)  y = Cast <to = 10> (p)", HALF_HEAD)
     result = fused(source, floats(2, 3, WIDTH, dtype=np.float16), tolerance=0.0)
     assert result.ops == {"Cast": 2, "RMSNorm": 1}
+    assert "the weight is multiplied in float32, before the cast" in result.reasons
 
 
 def test_a_cast_to_another_type_than_the_input_stays() -> None:
