@@ -30,7 +30,7 @@ _LLAMA_NODES = 40  # of the 621 that Optimum writes; peers leave 238 or more
 _BRANCHES = "decoder_model_merged"
 _PER_LAYER = frozenset({"layer_types", "no_rope_layers"})
 
-Compiled = Callable[[Path], Path]
+Compiled = Callable[..., Path]
 
 
 def _exports(*, refused: bool) -> Iterator[Any]:
