@@ -117,7 +117,7 @@ def read_site(softmax: gs.Node, around: Surroundings) -> Site:
     results = read_results(weights.product, heads.number, values, around.outputs)
     kv_number, caches = _caches(heads, masks, around)
     major, q, k, v, result = _layout(heads, kv_number, caches, results, values, softmax)
-    return Site(
+    site = Site(
         scores,
         weights,
         heads,
@@ -134,6 +134,15 @@ def read_site(softmax: gs.Node, around: Surroundings) -> Site:
         np.dtype(dtype),
         nodes,
     )
+    _check_digits(site, softmax)
+    return site
+
+
+def _check_digits(site: Site, softmax: gs.Node) -> None:
+    """Attributes are float32: what scales double precision must be a number of that type."""
+    numbers = (site.scale, site.scores.softcap)
+    if site.dtype == np.float64 and any(float(np.float32(number)) != number for number in numbers):
+        raise NotAttentionError("the scale of double precision has more digits than an attribute", softmax)
 
 
 def _check_axis(softmax: gs.Node, around: Surroundings) -> None:

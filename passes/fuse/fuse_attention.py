@@ -77,6 +77,7 @@ class FuseAttention(Pass):
         - hidden scores are replaced by a number above -1e4
         - the weights are changed before they meet the values, by other things than a cast and NaN becoming 0
         - the scores change their type other than from 16 bits to float32 for the Softmax alone
+        - double precision is scaled by a number that float32 does not have
         - ranks, types or sizes of operands are not known
     """
 

@@ -149,6 +149,18 @@ def test_refused(name: str) -> None:
     assert reason in fused.reasons
 
 
+@pytest.mark.parametrize(("scale", "reason"), [(0.25, ""), (0.3, "more digits than an attribute")])
+def test_double_precision(scale: float, reason: str) -> None:
+    fused = fuse_parts(
+        inputs=PLAIN_INPUTS.replace("float[", "double["),
+        outputs="double[B, S, 32] y",
+        constants={"scale": np.array(scale)},
+        tolerance=1e-12,
+    )
+    assert bool(fused.sites) == (not reason)
+    assert reason in fused.reasons
+
+
 def test_a_size_of_zero() -> None:
     fused = fuse_parts(inputs=PLAIN_INPUTS.replace("B,", "0,"), outputs="float[0, S, 32] y")
     assert not fused.sites
