@@ -11,6 +11,7 @@ from onnxslim_llm.concepts.block_weights import BlockJob
 from onnxslim_llm.concepts.packed_weights import PackedBlockJob
 from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.passes.lower.codes import BlockCall
+from onnxslim_llm.passes.lower.stored_job import StoredJob
 from onnxslim_llm.rewrite.constants import constant_tensor, constant_value
 from onnxslim_llm.rewrite.schema import normal_domain
 
@@ -113,7 +114,8 @@ def _named_activation(node: gs.Node) -> str | None:
 def _take_gate(found: Epilogue, outputs: set[int]) -> bool:
     job = found.jobs[0]
     split = _only_reader(found.result, outputs)
-    if split is None or not isinstance(job, PackedBlockJob) or len(job.parts) != 2 or not _halves(split, job):
+    parts = _parts(job)
+    if split is None or parts is None or not _cuts_in_half(split, job.columns):
         return False
     for gate, other in ((0, 1), (1, 0)):
         if gate == 1 and found.bias is not None:
@@ -125,17 +127,27 @@ def _take_gate(found: Epilogue, outputs: set[int]) -> bool:
         name, nodes = activation
         if id(_only_reader(nodes[-1].outputs[0], outputs)) != id(product):
             continue
-        found.activation, found.jobs = f"{name}_gate", (job.parts[gate], job.parts[other])
+        found.activation, found.jobs = f"{name}_gate", (parts[gate], parts[other])
         found.nodes += [split, *nodes, product]
         found.result = product.outputs[0]
         return True
     return False
 
 
-def _halves(split: gs.Node, job: PackedBlockJob) -> bool:
-    """Whether a node cuts a product into those of the two parts, which have equal columns."""
-    width = job.columns // 2
-    if not _is(split, "Split") or len(split.outputs) != 2 or {part.columns for part in job.parts} != {width}:
+def _parts(job: BlockJob) -> tuple[BlockJob, BlockJob] | None:
+    """Return the work behind the two halves of the columns."""
+    if isinstance(job, StoredJob):
+        return job.halves()
+    if not isinstance(job, PackedBlockJob) or len(job.parts) != 2:
+        return None
+    first, second = job.parts
+    return (first, second) if first.columns == second.columns else None
+
+
+def _cuts_in_half(split: gs.Node, columns: int) -> bool:
+    """Whether a node cuts a product along its columns into two equal parts."""
+    width, rest = divmod(columns, 2)
+    if not _is(split, "Split") or len(split.outputs) != 2 or rest:
         return False
     shape = split.inputs[0].shape
     if split.attrs.get("axis", 0) != -1 and (shape is None or split.attrs.get("axis", 0) != len(shape) - 1):

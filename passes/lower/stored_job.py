@@ -15,7 +15,7 @@ from onnxslim_llm.custom_ops.layout import BlockSpec, Layout, TileBuffers, colum
 from onnxslim_llm.custom_ops.packed import STRIP_COLUMNS
 from onnxslim_llm.custom_ops.packing import pack, unpack
 from onnxslim_llm.ir.weights.jobs import TensorSpec, Tile, TileOutput
-from onnxslim_llm.passes.lower.stored_sources import Columns, StoredSource
+from onnxslim_llm.passes.lower.stored_sources import Columns, RangeSource, StoredSource
 
 __all__ = ["StoredJob"]
 
@@ -57,6 +57,15 @@ class StoredJob(BlockJob):
     def where(self) -> str:
         """Return the name of the weight."""
         return self.name
+
+    def halves(self) -> tuple[StoredJob, StoredJob] | None:
+        """Return the work of copying the first and the second half of the columns; None where that is impossible."""
+        width, rest = divmod(self.columns, 2)
+        if rest or width % self.source.alignment:
+            return None
+        sources = (RangeSource(self.source, 0, width), RangeSource(self.source, width, self.columns))
+        first, second = (StoredJob(source, self.name, self.accuracy, self.layout) for source in sources)
+        return first, second
 
     @property
     def _spec(self) -> BlockSpec:

@@ -16,7 +16,7 @@ from onnxslim_llm.custom_ops.packed import HEADER_BYTES, STRIP_COLUMNS, PackedSc
 from onnxslim_llm.ir.weights import AliasWeight
 from onnxslim_llm.ir.weights.weight import Weight
 
-__all__ = ["Columns", "NBitsSource", "PackedSource", "StoredSource"]
+__all__ = ["Columns", "NBitsSource", "PackedSource", "RangeSource", "StoredSource"]
 
 Array = NDArray[Any]
 
@@ -62,6 +62,11 @@ class StoredSource(ABC):
     def read(self, first: int, last: int) -> Columns:
         """Return columns [first, last); both are multiples of 16, or N."""
 
+    @property
+    def alignment(self) -> int:
+        """Columns that `read` may begin with are multiples of this."""
+        return STRIP_COLUMNS
+
     @abstractmethod
     def touched(self, first: int, last: int) -> list[tuple[int, int, int]]:
         """Return (index of the weight, first byte, one past the last) of what `read` looks at."""
@@ -101,6 +106,11 @@ class NBitsSource(StoredSource):
         kinds = (TensorProto.UINT8, scales.onnx_dtype, TensorProto.UINT8)
         given = [codes, scales] if zero_points is None else [codes, scales, zero_points]
         self.weights = tuple(AliasWeight(*part) for part in zip(given, self.shapes, kinds, strict=False))
+
+    @property
+    def alignment(self) -> int:
+        """Any column will do."""
+        return 1
 
     @property
     def described(self) -> str:
@@ -170,3 +180,35 @@ class PackedSource(StoredSource):
     def touched(self, first: int, last: int) -> list[tuple[int, int, int]]:
         """Return the strips."""
         return [(0, *self._range(first, last))]
+
+
+class RangeSource(StoredSource):
+    """Some of another source's columns.
+
+    Args:
+        base: It.
+        first, last: The columns [first, last); `first` is a multiple of the base's alignment.
+    """
+
+    def __init__(self, base: StoredSource, first: int, last: int) -> None:
+        self.base, self.first = base, first
+        self.weights, self.scheme = base.weights, base.scheme
+        self.rows, self.columns = base.rows, last - first
+
+    @property
+    def alignment(self) -> int:
+        """That of the base."""
+        return self.base.alignment
+
+    @property
+    def described(self) -> str:
+        """Return what the base is, and which columns."""
+        return f"columns {self.first} to {self.first + self.columns} of {self.base.described}"
+
+    def read(self, first: int, last: int) -> Columns:
+        """Return columns, counted from the first one of the range."""
+        return self.base.read(self.first + first, self.first + last)
+
+    def touched(self, first: int, last: int) -> list[tuple[int, int, int]]:
+        """Return what `read` looks at."""
+        return self.base.touched(self.first + first, self.first + last)
