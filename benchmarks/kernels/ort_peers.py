@@ -14,6 +14,14 @@ Array = np.ndarray[Any, Any]
 Node = onnx.NodeProto
 
 
+def _distinct(weights: dict[str, Array], index: int) -> dict[str, Array]:
+    """Marks weights with the number of their product: ONNX Runtime merges products of equal weights."""
+    for array in weights.values():
+        array.reshape(-1)[0] = index % 100 + 1
+        array.reshape(-1)[1] = index // 100
+    return weights
+
+
 def _nbits(index: int, k: int, n: int, block: int, level: int) -> tuple[list[Node], dict[str, Array]]:
     rng = np.random.default_rng(0)
     blocks = -(-k // block)
@@ -23,7 +31,9 @@ def _nbits(index: int, k: int, n: int, block: int, level: int) -> tuple[list[Nod
     }
     attributes = {"K": k, "N": n, "bits": 4, "block_size": block, "accuracy_level": level}
     inputs = ["x", *weights]
-    return [helper.make_node("MatMulNBits", inputs, [f"y{index}"], domain="com.microsoft", **attributes)], weights
+    return [helper.make_node("MatMulNBits", inputs, [f"y{index}"], domain="com.microsoft", **attributes)], _distinct(
+        weights, index
+    )
 
 
 def _dynamic_int8(index: int, k: int, n: int) -> tuple[list[Node], dict[str, Array]]:
@@ -34,12 +44,14 @@ def _dynamic_int8(index: int, k: int, n: int) -> tuple[list[Node], dict[str, Arr
         f"zero{index}": np.zeros(n, np.int8),
     }
     inputs = ["x", f"codes{index}", f"scale{index}", f"zero{index}"]
-    return [helper.make_node("DynamicQuantizeMatMul", inputs, [f"y{index}"], domain="com.microsoft")], weights
+    return [helper.make_node("DynamicQuantizeMatMul", inputs, [f"y{index}"], domain="com.microsoft")], _distinct(
+        weights, index
+    )
 
 
 def _float32(index: int, k: int, n: int) -> tuple[list[Node], dict[str, Array]]:
     weight = np.random.default_rng(0).standard_normal((k, n), np.float32)
-    return [helper.make_node("MatMul", ["x", f"w{index}"], [f"y{index}"])], {f"w{index}": weight}
+    return [helper.make_node("MatMul", ["x", f"w{index}"], [f"y{index}"])], _distinct({f"w{index}": weight}, index)
 
 
 PEERS = {
