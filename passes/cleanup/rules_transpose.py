@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,7 +91,7 @@ def _sandwich(match: Match) -> _Sandwich | None:
     rank = rank_of(outer.outputs[0])
     if rank is None or match.root.home is not middle.home:
         return None
-    first, second = (list(map(int, n.attrs.get("perm", reversed(range(rank))))) for n in (outer, match.root))
+    first, second = _perm(outer, rank), _perm(match.root, rank)
     if middle.op == "Split":
         fits = normal_domain(middle.domain) == "" and _range_of(middle, between) is not None
     else:
@@ -159,8 +160,62 @@ def _row(op: Builder, x: gs.Tensor, match: Match) -> Any:
     return op.Slice(x, [start], [_TO_THE_END if start == -1 else start + 1], [0])
 
 
+def _is_outer_product(match: Match) -> Refusal | None:
+    """Check that numbers h[..., H, 1] times x[..., 1, S] become [..., S, H]: inverse frequencies times positions."""
+    column, rank = constant_value(match["column"]), rank_of(match.root.inputs[0])
+    axes = match.attributes["axes"]
+    if column is None or column.ndim < 2 or column.shape[-2:] != (column.size, 1):
+        return Refusal("it is no product with a column", match["column"].name)
+    if rank is None or column.ndim > rank or axes is None or rank_of(match["x"]) != rank - len(axes):
+        return Refusal("the rank is not known", match["x"].name)
+    if not _inserts_row(axes, rank):
+        return Refusal("it is no product with a row", match["x"].name)
+    order = _perm(match.root, rank)
+    if order != [*range(rank - 2), rank - 1, rank - 2]:
+        return Refusal("it transposes other axes than those of the matrix", match.root.name)
+    return None
+
+
+def _inserts_row(axes: Any, rank: int) -> bool:
+    inserted = {int(axis) % rank for axis in axes}
+    return rank - 2 in inserted and rank - 1 not in inserted
+
+
+def _perm(node: gs.Node, rank: int) -> list[int]:
+    return [int(axis) for axis in node.attrs.get("perm", reversed(range(rank)))]
+
+
+def _times_row(op: Builder, x: gs.Tensor, match: Match) -> Any:
+    column = constant_value(match["column"])
+    rank = rank_of(match.root.inputs[0])
+    assert column is not None
+    assert rank is not None
+    kept = {int(axis) % rank for axis in match.attributes["axes"]} - {rank - 2}
+    spread = op.Unsqueeze(x, np.array(sorted({*kept, rank - 1}), np.int64))
+    to = match.attributes.get("to")
+    return op.Mul(spread if to is None else op.Cast(spread, to=to), column.reshape(-1))
+
+
+_TRANSPOSED_OUTER = "transpose(matmul(column, unsqueeze(x))) -> unsqueeze(x) * row"
+
+
+def _outer(name: str, row: Callable[[PatternBuilder, Wildcard], Any]) -> Rule:
+    return algebra(
+        name,
+        lambda op, x: op.Transpose(op.MatMul(op.const("column"), row(op, x))),
+        _times_row,
+        _is_outer_product,
+        keep_shared=False,
+    )
+
+
 TRANSPOSES: tuple[Rule, ...] = (
     MergeTransposes(),
+    _outer(_TRANSPOSED_OUTER, lambda op, x: op.Unsqueeze(x, axes=op.bind("axes"))),
+    _outer(
+        f"{_TRANSPOSED_OUTER}, cast",
+        lambda op, x: op.Cast(op.Unsqueeze(x, axes=op.bind("axes")), to=op.bind("to")),
+    ),
     algebra(
         "gathernd(x, [[i]]) -> slice(x, i, i + 1)",
         lambda op, x: op.GatherND(x, op.const("indices"), batch_dims=op.bind("batch")),
