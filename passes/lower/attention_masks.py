@@ -17,6 +17,8 @@ from onnxslim_llm.rewrite.edit import Builder
 
 __all__ = ["Masks"]
 
+_RANK = 4  # what GroupQueryAttention and MultiHeadAttention insist on
+
 
 class Masks:
     """Makes masks once for all calls of a graph that need the same.
@@ -93,7 +95,7 @@ class Masks:
 
     def _is_full(self, call: AttentionCall, bias: gs.Tensor) -> bool:
         shape = self._values.shape_of(bias)
-        if shape is None or len(shape) < 2:
+        if shape is None or len(shape) != _RANK:
             return False
         return all(
             dim == wanted or (isinstance(dim, int) and dim != 1)
@@ -115,7 +117,7 @@ class Masks:
         scalar = np.array(0, np.int64)
         total = op.Squeeze(call.size(self._sizes, op, "keys"), [0])
         queries = op.Squeeze(call.size(self._sizes, op, "queries"), [0])
-        row = op.Unsqueeze(op.Range(op.Sub(total, queries), total, np.array(1, np.int64)), [1])
+        row = op.Unsqueeze(op.Range(op.Sub(total, queries), total, np.array(1, np.int64)), [0, 1, 3])
         column = op.Range(scalar, total, np.array(1, np.int64))
         inside = None
         if causal:

@@ -2,6 +2,9 @@
 
 The operator counts the keys of each row by `seqlens_k`; padding on the left or in between is beyond that. So all rows
 get T - 1, and the padding mask goes in as a bias: exact for every mask, and measured not slower.
+
+Rotary embeddings stay nodes of their own: with do_rotary the operator takes the positions of a prompt from the first of
+position_ids, and so turns the tokens of a prompt that is padded on the left by other angles.
 """
 
 from __future__ import annotations

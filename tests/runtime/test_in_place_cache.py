@@ -59,6 +59,21 @@ def test_prompts_chunks_and_steps(separate: DecoderRunner, shared: DecoderRunner
     assert_same(separate, shared, pieces)
 
 
+def test_without_binding_the_results_are_the_same(shared: DecoderRunner) -> None:
+    """A caller that knows nothing of buffers gets whole ones back, and may feed them again."""
+    session, pairs = shared.session, shared.signature.caches
+    caches = {pair.past: np.zeros((1, KV_HEADS, 16, HEAD_SIZE), np.float32) for pair in pairs}
+    state = None
+    for i, length in enumerate([4, 1, 1]):
+        ids = tokens(1, length, seed=i)
+        expected, state = shared.extend(ids, state)
+        mask = np.ones((1, state.length), np.int64)
+        results = session.run({"input_ids": ids, "attention_mask": mask, **caches})
+        np.testing.assert_allclose(results["logits"], expected, atol=ATOL)
+        caches = {pair.past: results[pair.present] for pair in pairs}
+        assert {value.shape[2] for value in caches.values()} == {16}
+
+
 @pytest.mark.parametrize("side", ["left", "right", "hole"])
 def test_padded_batches(separate: DecoderRunner, shared: DecoderRunner, side: str) -> None:
     mask = np.ones((3, 6), np.int64)
