@@ -12,8 +12,7 @@ from onnx import TensorProto
 
 from onnxslim_llm.concepts.activation import GELU, GELU_TANH, SWISH
 from onnxslim_llm.concepts.concept import Concept
-from onnxslim_llm.ir.shapes import infer_shapes
-from onnxslim_llm.passes.fuse.opset import any_rule_fits, raise_opset
+from onnxslim_llm.passes.fuse.search import ready
 from onnxslim_llm.rewrite.constants import constant_value
 from onnxslim_llm.rewrite.edit import Builder
 from onnxslim_llm.rewrite.engine import apply_rules
@@ -200,6 +199,7 @@ class FuseActivations(Pass):
     After:
         y = onnxslim_llm.Gelu (x)
     Skips when:
+        - the model is older than opset 18 and cannot be converted;
         - a factor is another number, differs by element, or has more axes than the input;
         - it is computed in float64, whose digits the constants of the concepts do not have, or the type is unknown;
         - an inner tensor is used elsewhere, or is an output of the graph;
@@ -210,12 +210,9 @@ class FuseActivations(Pass):
     group: ClassVar[str] = "fuse"
 
     def apply(self, model: Model, context: Context) -> Change:
-        """Fuse all activations; an older model is converted to opset 18 if there is one.
-
-        Raises:
-            ModelError: The model cannot be converted.
-        """
-        infer_shapes(model)
-        if any_rule_fits(model, RULES) and raise_opset(model):
-            infer_shapes(model)
-        return apply_rules(model, RULES)
+        """Fuse all activations; an older model is converted to opset 18 if there is one."""
+        change = Change()
+        if not ready(model, RULES, change):
+            return change
+        change.extend(apply_rules(model, RULES))
+        return change

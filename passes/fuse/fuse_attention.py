@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import onnx_graphsurgeon as gs
 
 from onnxslim_llm.concepts.attention import AttentionForm, call_attention, is_attention
+from onnxslim_llm.concepts.opset import CONCEPT_OPSET, raise_opset
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.topology import sort_nodes
 from onnxslim_llm.passes.fuse.attention_bias import emit_bias
 from onnxslim_llm.passes.fuse.attention_products import NotAttentionError, reason_of
 from onnxslim_llm.passes.fuse.attention_site import Site, Surroundings, read_site
-from onnxslim_llm.passes.fuse.opset import CONCEPT_OPSET, raise_opset
 from onnxslim_llm.rewrite.edit import Builder, inherit_metadata, remove_dead, replace_output
 from onnxslim_llm.rewrite.engine import graph_output_ids
 from onnxslim_llm.rewrite.passes import Change, Pass
@@ -86,8 +86,9 @@ class FuseAttention(Pass):
 
     def apply(self, model: Model, context: Context) -> Change:
         """Fuse in the top graph and in its subgraphs."""
-        if (model.opset() or 0) < CONCEPT_OPSET and _Work(model).finds_any():
-            raise_opset(model)
+        raised = Change()
+        if (model.opset() or 0) < CONCEPT_OPSET and _Work(model).finds_any() and not raise_opset(model, raised):
+            return raised
         return _Work(model).run()
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
-from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.passes.fuse.norm_rules import (
     check_float32,
     check_narrow,
@@ -21,7 +20,7 @@ from onnxslim_llm.passes.fuse.norm_rules import (
     root_mean_square,
     vector,
 )
-from onnxslim_llm.passes.fuse.opset import any_rule_fits, raise_opset
+from onnxslim_llm.passes.fuse.search import ready
 from onnxslim_llm.rewrite.edit import Builder
 from onnxslim_llm.rewrite.engine import apply_rules
 from onnxslim_llm.rewrite.matcher import Match
@@ -166,6 +165,7 @@ class FuseLayerNorm(Pass):
     After:
         y = LayerNormalization <axis = -1, epsilon> (x, weight, bias)
     Skips when:
+        - the model is older than opset 18 and cannot be converted;
         - epsilon is missing, not positive, or no single constant;
         - a mean is over other axes than the last one, or of something else than the squared difference;
         - the variance is computed as mean(x^2) - mean(x)^2, which rounds otherwise;
@@ -178,17 +178,13 @@ class FuseLayerNorm(Pass):
     group: ClassVar[str] = "fuse"
 
     def apply(self, model: Model, context: Context) -> Change:
-        """Fuse all norms; an older model is converted to opset 18 if there is one.
-
-        Raises:
-            ModelError: The model cannot be converted.
-        """
-        infer_shapes(model)
-        if any_rule_fits(model, RULES) and raise_opset(model):
-            infer_shapes(model)
+        """Fuse all norms; an older model is converted to opset 18 if there is one."""
+        change = Change()
+        if not ready(model, RULES, change):
+            return change
         before = _norms(model)
         old = {id(node) for node in before}
-        change = apply_rules(model, RULES)
+        change.extend(apply_rules(model, RULES))
         norms = _norms(model)
         change.sites = [node.outputs[0].name for node in norms if id(node) not in old] or change.sites
         keep_skips_at_means(model, change, [node.outputs[0].name for node in norms])

@@ -11,7 +11,6 @@ from onnx import TensorProto
 
 from onnxslim_llm.concepts.concept import DOMAIN, calls
 from onnxslim_llm.concepts.normalization import RMS_NORM
-from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.passes.fuse.norm_rules import (
     check_float32,
     check_narrow,
@@ -23,7 +22,7 @@ from onnxslim_llm.passes.fuse.norm_rules import (
     root_mean_square,
     vector,
 )
-from onnxslim_llm.passes.fuse.opset import any_rule_fits, raise_opset
+from onnxslim_llm.passes.fuse.search import ready
 from onnxslim_llm.rewrite.edit import Builder
 from onnxslim_llm.rewrite.engine import apply_rules
 from onnxslim_llm.rewrite.facts import onnx_type, rank_of
@@ -179,6 +178,7 @@ class FuseRmsNorm(Pass):
     After:
         y = onnxslim_llm.RMSNorm <epsilon> (x, weight)
     Skips when:
+        - the model is older than opset 18 and cannot be converted;
         - epsilon is missing, not positive, or no single constant;
         - the mean is over other axes than the last one, or of something else than the square;
         - the mean is taken in another type than float32, or the type or the width is unknown;
@@ -192,17 +192,13 @@ class FuseRmsNorm(Pass):
     group: ClassVar[str] = "fuse"
 
     def apply(self, model: Model, context: Context) -> Change:
-        """Fuse all norms; an older model is converted to opset 18 if there is one.
-
-        Raises:
-            ModelError: The model cannot be converted.
-        """
-        infer_shapes(model)
-        if any_rule_fits(model, RULES) and raise_opset(model):
-            infer_shapes(model)
+        """Fuse all norms; an older model is converted to opset 18 if there is one."""
+        change = Change()
+        if not ready(model, RULES, change):
+            return change
         before = [node for _, node in calls(model, RMS_NORM)]
         old = {id(node) for node in before}
-        change = apply_rules(model, RULES)
+        change.extend(apply_rules(model, RULES))
         norms = [node for _, node in calls(model, RMS_NORM)]
         change.sites = [node.outputs[0].name for node in norms if id(node) not in old] or change.sites
         keep_skips_at_means(model, change, [node.outputs[0].name for node in norms])

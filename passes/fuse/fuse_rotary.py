@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import onnx_graphsurgeon as gs
 
+from onnxslim_llm.concepts.opset import CONCEPT_OPSET, raise_opset
 from onnxslim_llm.ir.shapes import infer_shapes
-from onnxslim_llm.passes.fuse.opset import raise_opset
 from onnxslim_llm.passes.fuse.rotary_build import Layout, RotaryBuilder, layout_of
 from onnxslim_llm.passes.fuse.rotary_elements import Elements
 from onnxslim_llm.passes.fuse.rotary_match import ROOTS, Rotation, find_rotation
@@ -88,15 +88,13 @@ class FuseRotary(Pass):
     group: ClassVar[str] = "fuse"
 
     def apply(self, model: Model, context: Context) -> Change:
-        """Fuse the top graph and its subgraphs.
-
-        Raises:
-            ModelError: The model cannot be converted to the opset that the concept needs.
-        """
-        search = _Search(model)
-        if search.sites and raise_opset(model):
-            search = _Search(model)
+        """Fuse the top graph and its subgraphs."""
         change = Change()
+        search = _Search(model)
+        if search.sites and (model.opset() or 0) < CONCEPT_OPSET:
+            if not raise_opset(model, change):
+                return change
+            search = _Search(model)
         for where, reason in search.misses():
             change.skip(where, reason)
         outputs = graph_output_ids(model)

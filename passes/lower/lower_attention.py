@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 
 from onnxslim_llm.concepts.attention import is_attention
 from onnxslim_llm.concepts.concept import drop_unused_functions, inline_call, replace_nodes
+from onnxslim_llm.concepts.opset import raise_opset
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.topology import sort_nodes
@@ -17,7 +18,7 @@ from onnxslim_llm.passes.lower.attention_call import AttentionCall
 from onnxslim_llm.passes.lower.attention_masks import Masks
 from onnxslim_llm.passes.lower.grouped_attention import CONTRIB_DOMAIN, Lengths, grouped_attention, reason_against
 from onnxslim_llm.passes.lower.input_sizes import InputSizes
-from onnxslim_llm.passes.lower.raise_opset import raise_opset
+from onnxslim_llm.passes.lower.multi_head_attention import multi_head_attention, reason_against_multi_head
 from onnxslim_llm.passes.lower.standard_attention import FIRST_OPSET, STANDARD_OPSET, standard_attention
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.edit import Builder, detach, remove_dead
@@ -29,7 +30,7 @@ __all__ = ["LowerAttention"]
 
 @dataclass(frozen=True)
 class LowerAttention(Pass):
-    """Turn attentions into ai.onnx Attention, or into ONNX Runtime's GroupQueryAttention.
+    """Turn attentions into ai.onnx Attention, or into ONNX Runtime's GroupQueryAttention and MultiHeadAttention.
 
     The model is converted for ai.onnx Attention. What that operator cannot say itself (sliding windows) is said by its
     mask, which all layers share. A query whose keys are all hidden gives zeros, also where the mask consists of finite
@@ -43,15 +44,15 @@ class LowerAttention(Pass):
                     past_key, past_value)
 
     Skips when:
-        - operator is "contrib" and GroupQueryAttention cannot express the attention (not causal, key and value heads of
-          different sizes, a cache that is not returned): it becomes ai.onnx Attention
+        - operator is "contrib" and neither GroupQueryAttention nor MultiHeadAttention can express the attention (the
+          cache is not returned, heads are grouped and it is not causal): it becomes ai.onnx Attention
         - it should become ai.onnx Attention, and the opset is below 23, because `opset` is or because the model cannot
           be converted: primitive operators take its place
 
     Attributes:
         operator: "standard": ai.onnx Attention, as fast or faster, and without restrictions. "contrib":
-            com.microsoft.GroupQueryAttention, which older versions of ONNX Runtime know as well; with a past it runs
-            several tokens at once only for a batch of one.
+            com.microsoft.GroupQueryAttention for what is causal, MultiHeadAttention for the rest: older versions of
+            ONNX Runtime know them as well. With a past the former runs several tokens at once only for a batch of one.
         opset: Version of ai.onnx that an older model is converted to.
     """
 
@@ -66,7 +67,7 @@ class LowerAttention(Pass):
         change = Change()
         if not any(is_attention(node) for graph in model.graphs() for node in graph.nodes):
             return change
-        raise_opset(model, self.opset, change)
+        raise_opset(model, change, self.opset)
         values = infer_shapes(model)
         sizes = InputSizes(model, values)
         replaced: dict[int, list[gs.Node]] = {}
@@ -77,28 +78,38 @@ class LowerAttention(Pass):
                 call = AttentionCall.of(node, values)
                 where = node.name or node.outputs[0].name
                 op = Builder(model, where)
-                against = "" if self.operator == "standard" else reason_against(call)
+                results, against = self._lower(op, call, masks, lengths)
                 if against:
-                    change.skip(where, f"GroupQueryAttention cannot express it: {against}")
-                if (self.operator == "standard" or against) and (model.opset() or 0) < FIRST_OPSET:
-                    change.skip(where, f"opset {model.opset()} has no Attention: it becomes primitive operators")
+                    change.skip(where, against)
+                if results is None:
                     replaced[id(node)] = inline_call(model, node)
-                    done.append(call)
-                    change.sites.append(where)
-                    continue
-                if self.operator == "contrib" and not against:
-                    results = grouped_attention(op, call, masks, lengths)
-                    model.set_opset(CONTRIB_DOMAIN, 1)
                 else:
-                    results = standard_attention(op, call, masks)
-                detach(node)
-                take_over(op.nodes, results, list(call.outputs.values()))
-                replaced[id(node)] = op.nodes
+                    detach(node)
+                    take_over(op.nodes, results, list(call.outputs.values()))
+                    replaced[id(node)] = op.nodes
                 done.append(call)
                 change.sites.append(where)
         replace_nodes(model, replaced)
         finish(model, sizes, done)
         return change
+
+    def _lower(
+        self, op: Builder, call: AttentionCall, masks: Masks, lengths: Lengths
+    ) -> tuple[tuple[gs.Tensor, ...] | None, str]:
+        """Return the results, or None where the body must do; and why it is not the operator that was asked for."""
+        against = ""
+        if self.operator == "contrib":
+            grouped, by_head = reason_against(call), reason_against_multi_head(call)
+            if not grouped or not by_head:
+                op.model.set_opset(CONTRIB_DOMAIN, 1)
+                if grouped:
+                    return multi_head_attention(op, call, masks), ""
+                return grouped_attention(op, call, masks, lengths), ""
+            against = f"GroupQueryAttention cannot express it: {grouped}; nor can MultiHeadAttention: {by_head}"
+        if (op.model.opset() or 0) >= FIRST_OPSET:
+            return standard_attention(op, call, masks), against
+        inlined = f"opset {op.model.opset()} has no Attention: it becomes primitive operators"
+        return None, "; ".join(filter(None, [against, inlined]))
 
 
 def take_over(nodes: list[gs.Node], results: tuple[gs.Tensor, ...], outputs: list[gs.Variable]) -> None:

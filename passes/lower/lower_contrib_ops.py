@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from onnxslim_llm.concepts.activation import GELU, GELU_TANH, SWISH
 from onnxslim_llm.concepts.concept import calls
 from onnxslim_llm.concepts.normalization import RMS_NORM
+from onnxslim_llm.concepts.opset import raise_opset
 from onnxslim_llm.concepts.rotary import ROTARY
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.passes.lower.activation_ops import bias_gelu, quick_gelu
 from onnxslim_llm.passes.lower.concept_calls import Lowering, lower_calls
 from onnxslim_llm.passes.lower.norm_ops import rms_normalization
-from onnxslim_llm.passes.lower.raise_opset import raise_opset
 from onnxslim_llm.passes.lower.rotary_ops import rotary_embedding
 from onnxslim_llm.passes.lower.shared_expand import SharedExpand
 from onnxslim_llm.passes.lower.skip_norm_ops import CONTRIB_DOMAIN, fold_residuals
@@ -69,7 +69,7 @@ class LowerContribOps(Pass):
         if not found and self.skip_norms != "all":
             return change
         if found:
-            raise_opset(model, self.opset, change)
+            raise_opset(model, change, self.opset)
         infer_shapes(model)
         change.sites += fold_residuals(model, rms=self.skip_norms != "none", layer=self.skip_norms == "all")
         outputs = graph_output_ids(model)

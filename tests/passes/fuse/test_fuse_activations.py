@@ -195,3 +195,13 @@ def test_double_precision_is_left() -> None:
     result = fused(source, floats(2, 3, 8, dtype=np.float64))
     assert result.sites == 0
     assert "another type than 16 or 32-bit floats" in result.reasons
+
+
+def test_an_older_model_that_cannot_be_converted_is_left() -> None:
+    text = """<ir_version: 4, opset_import: ["" : 9]>
+        agraph (float[1, 1, 2, 2] x) => (float[1, 1, 4, 4] y) <float[4] scales = {1.0, 1.0, 2.0, 2.0}>
+        { g = Sigmoid (x)  p = Mul (x, g)  y = Upsample (p, scales) }"""
+    result = fused(onnx.parser.parse_model(text), floats(1, 1, 2, 2))
+    assert result.sites == 0
+    assert result.model.opset() == 9
+    assert "the model stays at opset 9: Upsample cannot be converted" in result.reasons

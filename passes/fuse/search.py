@@ -1,23 +1,40 @@
-"""Concepts need a recent opset: the model is converted first, but only if there is something to fuse."""
+"""What comes before a fusion by rules: is there something to fuse, and does the model's opset have what it needs?"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from onnxslim_llm.concepts.concept import follow_opset
-from onnxslim_llm.ir.opset import convert_opset
+from onnxslim_llm.concepts.opset import raise_opset
+from onnxslim_llm.ir.shapes import ensure_shapes, infer_shapes
 from onnxslim_llm.rewrite.engine import graph_output_ids
 from onnxslim_llm.rewrite.matcher import Matcher
+from onnxslim_llm.rewrite.passes import Change
 from onnxslim_llm.rewrite.rule import Rule
 
 if TYPE_CHECKING:
     from onnxslim_llm.ir.model import Model
 
-__all__ = ["CONCEPT_OPSET", "any_rule_fits", "raise_opset"]
+__all__ = ["any_rule_fits", "ready"]
 
-#: The ai.onnx version that the bodies of all concepts of fusions are written in.
-CONCEPT_OPSET = 18
+
+def ready(model: Model, rules: Sequence[Rule], change: Change) -> bool:
+    """Infer types and shapes, and convert an older model if there is something to fuse.
+
+    Args:
+        model: The model.
+        rules: What will be applied.
+        change: Told the new opset, or why the model stays as it is.
+
+    Returns:
+        Whether the rules may be applied.
+    """
+    infer_shapes(model)
+    if any_rule_fits(model, rules):
+        if not raise_opset(model, change):
+            return False
+        ensure_shapes(model)
+    return True
 
 
 def any_rule_fits(model: Model, rules: Sequence[Rule]) -> bool:
@@ -31,16 +48,3 @@ def any_rule_fits(model: Model, rules: Sequence[Rule]) -> bool:
                     if match is not None and rule.check(match) is None:
                         return True
     return False
-
-
-def raise_opset(model: Model, version: int = CONCEPT_OPSET) -> bool:
-    """Convert an older model to `version`; nodes may be other objects afterwards. Return whether it was older.
-
-    Raises:
-        ModelError: A node cannot be converted; it is named.
-    """
-    if (model.opset() or 0) >= version:
-        return False
-    convert_opset(model, version)
-    follow_opset(model)
-    return True
