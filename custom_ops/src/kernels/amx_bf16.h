@@ -56,12 +56,12 @@ static inline void prepare_bf16(const MatMulProblem& p, uint8_t* scratch, int64_
     }
 }
 
-// Two vectors of floats as pairs of bfloat16.
+// Two vectors of floats as pairs of bfloat16, halves rounded up: fewer steps than the instruction takes that rounds
+// them to even and then needs its result reordered.
 static inline __m512i bf16_pairs(__m512 even, __m512 odd) {
-    alignas(64) static constexpr uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                             21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                             11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    return _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    const __m512i low = _mm512_srli_epi32(_mm512_add_epi32((__m512i)even, half), 16);
+    return _mm512_mask_blend_epi16(0xAAAAAAAA, low, _mm512_add_epi32((__m512i)odd, half));
 }
 
 struct BlockAffine {
@@ -74,19 +74,27 @@ static inline BlockAffine block_affine(const PackedWeight& w, const uint8_t* chu
     return {scale, _mm512_mul_ps(scale, _mm512_sub_ps(_mm512_setzero_ps(), (__m512)block_zeros(w, chunk, block, 0)))};
 }
 
-// Quarter `j` of half `half` of a chunk: 4 rows of a B tile, whose row p holds the rows 2 p and 2 p + 1 of K for each
-// of the 16 columns.
-static inline void decode_quarter_4bit(const uint8_t* chunk, int32_t half, int32_t j, const BlockAffine& low,
-                                       const BlockAffine& high, uint8_t* tile) {
+// Half `half` of a chunk as a B tile: its row p holds the rows 2 p and 2 p + 1 of K for each of the 16 columns.
+// `ahead` bytes further on lies what will be decoded a pass over the block later: time enough to fetch it.
+static inline void decode_tile_4bit(const PackedWeight& w, const uint8_t* chunk, int32_t half, int64_t ahead,
+                                    uint8_t* tile) {
     const __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i v = _mm512_loadu_si512(chunk + half * 256 + j * 64);
+    const BlockAffine low = block_affine(w, chunk, (half * kDotRows) >> w.block_shift);
+    const BlockAffine high = w.scheme.block < kDotRows ? block_affine(w, chunk, half * 2 + 1) : low;
+#pragma GCC unroll 4
+    for (int32_t j = 0; j < 4; j++) {
+        const __m512i v = _mm512_loadu_si512(chunk + half * 256 + j * 64);
 #define OSL_WEIGHT(shift, affine) \
     _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(v, shift), codes), affine.scale, affine.offset)
-    _mm512_store_si512(tile + (2 * j) * 64, bf16_pairs(OSL_WEIGHT(0, low), OSL_WEIGHT(8, low)));
-    _mm512_store_si512(tile + (2 * j + 1) * 64, bf16_pairs(OSL_WEIGHT(16, low), OSL_WEIGHT(24, low)));
-    _mm512_store_si512(tile + (8 + 2 * j) * 64, bf16_pairs(OSL_WEIGHT(4, high), OSL_WEIGHT(12, high)));
-    _mm512_store_si512(tile + (8 + 2 * j + 1) * 64, bf16_pairs(OSL_WEIGHT(20, high), OSL_WEIGHT(28, high)));
+        _mm512_store_si512(tile + (2 * j) * 64, bf16_pairs(OSL_WEIGHT(0, low), OSL_WEIGHT(8, low)));
+        _mm512_store_si512(tile + (2 * j + 1) * 64, bf16_pairs(OSL_WEIGHT(16, low), OSL_WEIGHT(24, low)));
+        _mm512_store_si512(tile + (8 + 2 * j) * 64, bf16_pairs(OSL_WEIGHT(4, high), OSL_WEIGHT(12, high)));
+        _mm512_store_si512(tile + (8 + 2 * j + 1) * 64, bf16_pairs(OSL_WEIGHT(20, high), OSL_WEIGHT(28, high)));
 #undef OSL_WEIGHT
+    }
+    // Five lines: the codes of a half, and its share of the scales.
+    for (int32_t line = 0; line < 5; line++)
+        _mm_prefetch((const char*)chunk + ahead + (half * 5 + line) * 64, _MM_HINT_T1);
 }
 
 static inline void decode_tile_any(const PackedWeight& w, const uint8_t* chunk, int32_t half, uint8_t* tile) {
@@ -97,45 +105,40 @@ static inline void decode_tile_any(const PackedWeight& w, const uint8_t* chunk, 
                                                          _mm512_load_ps(weights + (k + 1) * kStripColumns)));
 }
 
-// Dequantizes a panel in small steps, which are put between tile products: those leave the vector units idle.
-// A panel has the tiles [k][strip] of one or two strips.
+// Dequantizes a panel tile by tile, between tile products: those leave the vector units idle. A panel has the tiles
+// [k][strip] of one or two strips.
 class PanelDecoder {
 public:
     explicit PanelDecoder(const PackedWeight& w) : w_(w), halves_(w.chunk_rows / kDotRows) {}
 
-    // `ahead` bytes further on lies what will be decoded a pass over the block later: time enough to fetch it.
     void begin(int64_t strip, int64_t strips, int64_t k, int64_t k_tiles, int64_t ahead, uint8_t* panel) {
         ahead_ = ahead;
         half_ = (int32_t)(k % w_.chunk_rows) / kDotRows;
         chunk_ = w_.strips + strip * w_.strip_bytes + k / w_.chunk_rows * w_.chunk_bytes;
         strips_ = strips;
         strip_ = 0;
-        quarter_ = 0;
         tile_ = panel;
-        left_ = strips * k_tiles * 4;
+        tiles_ = left_ = strips * k_tiles;
+        credit_ = 0;
     }
 
-    int64_t left() const { return left_; }
+    // One of `products` tile products is done: decodes as much as is due.
+    void keep_pace(int64_t products) {
+        for (credit_ += tiles_; credit_ >= products && left_ > 0; credit_ -= products) step();
+    }
 
+    void finish() {
+        while (left_ > 0) step();
+    }
+
+private:
     void step() {
-        if (left_ == 0) return;
         left_--;
         const uint8_t* chunk = chunk_ + strip_ * w_.strip_bytes;
-        if (w_.scheme.bits != 4) {
-            if (quarter_ == 0) decode_tile_any(w_, chunk, half_, tile_);
-        } else {
-            if (quarter_ == 0) {
-                low_ = block_affine(w_, chunk, (half_ * kDotRows) >> w_.block_shift);
-                high_ = w_.scheme.block < kDotRows ? block_affine(w_, chunk, half_ * 2 + 1) : low_;
-            }
-            decode_quarter_4bit(chunk, half_, quarter_, low_, high_, tile_);
-            // Five lines for the four quarters of a half: its codes, and its share of the scales.
-            const char* line = (const char*)chunk + ahead_ + (half_ * 5 + quarter_) * 64;
-            _mm_prefetch(line, _MM_HINT_T1);
-            if (quarter_ == 3) _mm_prefetch(line + 64, _MM_HINT_T1);
-        }
-        if (++quarter_ < 4) return;
-        quarter_ = 0;
+        if (w_.scheme.bits == 4)
+            decode_tile_4bit(w_, chunk, half_, ahead_, tile_);
+        else
+            decode_tile_any(w_, chunk, half_, tile_);
         tile_ += kTileBytes;
         if (++strip_ < strips_) return;
         strip_ = 0;
@@ -144,24 +147,18 @@ public:
         chunk_ += w_.chunk_bytes;
     }
 
-    void finish() {
-        while (left_ > 0) step();
-    }
-
-private:
     const PackedWeight& w_;
     const int32_t halves_;
+    int32_t half_ = 0;
     const uint8_t* chunk_ = nullptr;
     uint8_t* tile_ = nullptr;
-    int64_t strip_ = 0, strips_ = 0, left_ = 0, ahead_ = 0;
-    int32_t half_ = 0, quarter_ = 0;
-    BlockAffine low_ = {}, high_ = {};  // of the first and the last 16 rows of the half
+    int64_t strip_ = 0, strips_ = 0, tiles_ = 0, left_ = 0, credit_ = 0, ahead_ = 0;
 };
 
 // sums (kM x kN tiles) [+]= activations (kM tiles of rows, `row_step` bytes apart) * panel ([k][kN] tiles).
 template <int32_t kM, int32_t kN>
 static inline void multiply_tiles(const uint8_t* a, int64_t row_step, const uint8_t* panel, int64_t k_tiles,
-                                  bool accumulate, float* sums, PanelDecoder& next, int64_t steps) {
+                                  bool accumulate, float* sums, PanelDecoder& next, int64_t products) {
     if (accumulate) {
         _tile_loadd(0, sums, 64);
         if (kN == 2) _tile_loadd(1, sums + kTileFloats, 64);
@@ -186,7 +183,7 @@ static inline void multiply_tiles(const uint8_t* a, int64_t row_step, const uint
             _tile_dpbf16ps(2, 5, 6);
             if (kN == 2) _tile_dpbf16ps(3, 5, 7);
         }
-        for (int64_t i = 0; i < steps; i++) next.step();
+        next.keep_pace(products);
     }
     _tile_stored(0, sums, 64);
     if (kN == 2) _tile_stored(1, sums + kTileFloats, 64);
@@ -229,17 +226,17 @@ template <int32_t kN>
 static inline void multiply_rows(const uint8_t* a, int64_t row_tiles, int64_t row_step, const uint8_t* panel,
                                  int64_t k_tiles, bool accumulate, float* sums, PanelDecoder& next,
                                  const BlockEpilogue* epilogue) {
-    const int64_t products = (row_tiles + 1) / 2 * k_tiles, steps = (next.left() + products - 1) / products;
+    const int64_t products = (row_tiles + 1) / 2 * k_tiles;
     int64_t i = 0;
     for (; i + 2 <= row_tiles; i += 2) {
         float* to = sums + i * kN * kTileFloats;
         if (epilogue != nullptr) epilogue->fetch(i * 16, 32);
-        multiply_tiles<2, kN>(a + i * row_step, row_step, panel, k_tiles, accumulate, to, next, steps);
+        multiply_tiles<2, kN>(a + i * row_step, row_step, panel, k_tiles, accumulate, to, next, products);
         if (epilogue != nullptr) epilogue->finish<kN>(i * 16, 2, to);
     }
     if (i < row_tiles) {
         float* to = sums + i * kN * kTileFloats;
-        multiply_tiles<1, kN>(a + i * row_step, row_step, panel, k_tiles, accumulate, to, next, steps);
+        multiply_tiles<1, kN>(a + i * row_step, row_step, panel, k_tiles, accumulate, to, next, products);
         if (epilogue != nullptr) epilogue->finish<kN>(i * 16, 1, to);
     }
     next.finish();
