@@ -27,17 +27,19 @@ __all__ = ["Layout", "RotaryBuilder", "layout_of"]
 
 @dataclass(frozen=True)
 class Layout:
-    """What the axes in front of a head's elements mean; the first one is the batch.
+    """What the axes in front of a head's elements mean.
 
     Attributes:
         tokens: The axis of tokens.
-        heads: All other axes.
+        heads: All other axes but that of the batch.
         sizes: Their sizes.
+        batch: The first axis is the batch; otherwise there is none.
     """
 
     tokens: int
     heads: tuple[int, ...]
     sizes: tuple[int, ...]
+    batch: bool = True
 
 
 def layout_of(elements: Elements, rotation: Rotation, *tables: Table) -> Layout | Refusal:
@@ -53,6 +55,8 @@ def layout_of(elements: Elements, rotation: Rotation, *tables: Table) -> Layout 
         changing |= {free - len(dims) + i for i, dim in enumerate(dims) if dim != 1}
     if free < 2:
         return Refusal("there is no axis of the batch", where)
+    if free == 2 and changing == {0} and isinstance(shape[1], int):
+        return Layout(0, (1,), (shape[1],), batch=False)  # tokens of all texts in one row
     candidates = changing - {0} if free > 2 else {1}
     if not candidates:  # one token
         candidates = {axis for axis in range(1, free) if shape[axis] == 1}
@@ -106,19 +110,21 @@ class RotaryBuilder:
         if self._width(shape[free:]) != rotation.width:
             start, end = rotation.offset, rotation.offset + rotation.width
             x = op.Slice(x, [start], [end], [-1])
-        order = [0, layout.tokens, *layout.heads]
+        order = [*([0] if layout.batch else []), layout.tokens, *layout.heads]
+        rows = [0, 0] if layout.batch else [1, -1]
         heads = math.prod(layout.sizes)
         tokens_first = [*order, *range(free, len(shape))]
         if tokens_first != sorted(tokens_first):
             x = op.Transpose(x, perm=tokens_first)
-        flat = len(shape) == 3 and rotation.trailing == 1
-        if not flat:
-            x = op.Reshape(x, np.array([0, 0, heads * rotation.width], np.int64))
+        if layout.heads or rotation.trailing > 1:
+            x = op.Reshape(x, np.array([*rows, heads * rotation.width], np.int64))
         attributes = {"num_heads": heads, "rotary_dim": 2 * len(rotation.cosines)}
         y = rotary_concept(rotation.pairs).build(op, x, cosines, sines, **attributes)
-        self._annotate(y, rotation, (shape[0], shape[layout.tokens], heads * rotation.width))
+        batch = shape[0] if layout.batch else 1
+        self._annotate(y, rotation, (batch, shape[layout.tokens], heads * rotation.width))
         if layout.heads:
-            y = op.Reshape(y, np.array([0, 0, *layout.sizes, rotation.width], np.int64))
+            front = [0, 0] if layout.batch else [-1]
+            y = op.Reshape(y, np.array([*front, *layout.sizes, rotation.width], np.int64))
         back = [order.index(axis) for axis in range(free)]
         return op.Transpose(y, perm=[*back, free]) if back != sorted(back) else y
 
@@ -140,12 +146,12 @@ class RotaryBuilder:
         heads = tuple(axis - absent for axis in layout.heads if axis >= absent)
         tokens = (self._elements.shape(rotation.x) or ())[layout.tokens]
         same = (id(graph), id(table.tensor), table.axis, table.indices, table.constant, table.negative)
-        key = (*same, heads, absent, tokens)
+        key = (*same, heads, absent, tokens, layout.batch)
         if key not in self._tables:
             self._alive.append(table.tensor)
             tensor = self._columns(op, graph, table, heads)
             tensor = op.Neg(tensor) if table.negative else tensor
-            if absent > 0:  # the batch is missing, and maybe axes of heads
+            if absent > 0 or not layout.batch:  # the batch is missing, and maybe axes of heads
                 tensor = op.Unsqueeze(tensor, [0])
             if _free_dims(self._elements, table)[layout.tokens - absent] != tokens:  # maybe one row
                 count = op.Shape(rotation.x, start=layout.tokens, end=layout.tokens + 1)

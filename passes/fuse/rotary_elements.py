@@ -61,4 +61,7 @@ class Elements(Sizes):
         rule = None if node is None else STEPS.get(node.op)
         if node is None or rule is None or shape is None or not node.inputs or self.shape(node.inputs[0]) is None:
             return None
-        return rule(self, node, tensor, picks)
+        try:
+            return rule(self, node, tensor, picks)
+        except (ArithmeticError, IndexError, TypeError, ValueError):
+            return None  # axes or bounds that do not fit: the node cannot run

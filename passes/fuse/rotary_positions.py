@@ -108,6 +108,8 @@ def tabulate(tensor: gs.Tensor, positions: gs.Tensor, count: int, opset: int) ->
         return PositionTable(np.ascontiguousarray(rows), tuple(work.indexed))
     except NotRowwiseError as found:
         return found.refusal
+    except (ArithmeticError, IndexError, TypeError, ValueError):  # axes that do not fit: the node cannot run
+        return Refusal("it cannot be computed", tensor.name)
 
 
 def _rows_indexed(tensor: gs.Tensor, positions: gs.Tensor) -> int:

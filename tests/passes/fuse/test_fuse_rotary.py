@@ -241,6 +241,13 @@ LAYOUTS = {
         "d = Mul (x1, s)  e = Mul (x2, c)  z2 = Add (d, e)  z = Concat <axis = -1> (z1, z2)  y = Unsqueeze (z, i1)",
         (1, 8),
     ),
+    "all texts in one row, without a batch": (
+        "h = Reshape (t, joined)  r = Reshape (f, rows)  both = Concat <axis = -1> (r, r)  c0 = Cos (both)  "
+        "s0 = Sin (both)  c = Unsqueeze (c0, i1)  s = Unsqueeze (s0, i1)  x1 = Slice (h, i0, i4, last)  "
+        "x2 = Slice (h, i4, end, last)  m = Neg (x2)  turned = Concat <axis = -1> (m, x1)  a = Mul (h, c)  "
+        "b = Mul (turned, s)  z = Add (a, b)  y = Unsqueeze (z, i0)",
+        (4, 8),
+    ),
     "two axes of heads": (
         "h = Reshape (t, groups)  both = Concat <axis = -1> (f, f)  c0 = Cos (both)  s0 = Sin (both)  "
         "c = Unsqueeze (c0, middle)  s = Unsqueeze (s0, middle)  x1 = Slice (h, i0, i4, last)  "
@@ -291,6 +298,8 @@ LAYOUTS = {
 @pytest.mark.parametrize(("body", "attributes"), LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_layouts(body: str, attributes: tuple[int, int]) -> None:
     shapes = {
+        "joined": np.array([-1, 4, 8]),
+        "rows": np.array([-1, 4]),
         "groups": np.array([0, 0, 2, 2, 8]),
         "heads": np.array([0, 0, 4, 8]),
         "middle": np.array([2, 3]),
