@@ -22,8 +22,10 @@ SMALL_CONSTANT = 32
 _END = 2**31 - 1
 #: Tables with more rows are not computed as a whole: 4 M elements.
 MAX_TABLE = 2048
-#: Operators in which a number is compared with or added to positions, so that changing it moves a break.
-_MOVERS = frozenset(["Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Add", "Sub", "Min", "Max", "Equal"])
+#: Operators in which a number is compared with or added to positions (or chosen as one), so that it moves a break.
+_MOVERS = frozenset(
+    ["Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Add", "Sub", "Min", "Max", "Equal", "Where", "Trilu"]
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Breaks:
             the same small differences.
         stands_for: The large constants by the small value that stands for them.
         constants: All constants that are compared or added, the large ones as they are.
-        tables: Sizes of constant tables.
+        tables: Sizes of constant tables, and large constants that are neither compared nor added: ends of slices and
+            ranges. Beyond them, nothing may come out.
     """
 
     replaced: dict[int, NDArray[Any]]
@@ -83,13 +86,20 @@ def break_points(probe: Probe) -> Breaks:
     """Return where the program's truths may change."""
     numbers: dict[int, int] = {}  # id of a tensor -> its value
     tables: set[int] = set()
+    others: set[int] = set()  # elements of small vectors
     for tensor in probe.constants:
         value = probe.known(tensor)
-        users = [node for node in tensor.outputs if any(node is n for n in probe.nodes)]
-        if value.size == 1 and value.dtype.kind in "iu" and any(node.op in _MOVERS for node in users):
-            numbers[id(tensor)] = abs(int(value.reshape(-1)[0]))
-        elif value.size > SMALL_CONSTANT:
+        moves = any(node.op in _MOVERS for node in tensor.outputs if any(node is n for n in probe.nodes))
+        if value.size > SMALL_CONSTANT:
             tables.update(dim for dim in value.shape if dim > 1)
+            continue
+        found = [abs(int(n)) for n in value.reshape(-1) if value.dtype.kind != "b" and abs(n) < _END]
+        if not moves:
+            tables.update(n for n in found if n > SMALL_CONSTANT)
+        elif value.size == 1 and found:
+            numbers[id(tensor)] = found[0]
+        else:
+            others.update(found)
     large = sorted({n for n in numbers.values() if SMALL_CONSTANT < n < _END})
     small = max([0, *(n for n in numbers.values() if n <= SMALL_CONSTANT)]) + 6
     stands_for: dict[int, int] = {}
@@ -105,18 +115,17 @@ def break_points(probe: Probe) -> Breaks:
             replaced[id(tensor)] = np.full_like(
                 value, small_of[number] if value.reshape(-1)[0] > 0 else -small_of[number]
             )
-    return Breaks(replaced, stands_for, sorted(set(numbers.values())), sorted(tables))
+    return Breaks(replaced, stands_for, sorted({*numbers.values(), *others}), sorted(tables))
 
 
 def points(axes: Axes, free: Mapping[str, Dim | None], breaks: Breaks) -> Iterator[Point]:
-    """Yield the points; those beyond the end of a table are left out.
+    """Yield the points.
 
     Args:
         axes: The sizes of the attention.
         free: What symbols that occur nowhere in `axes` are; None for those of which nothing is known.
         breaks: The program's constants and tables.
     """
-    end = min(breaks.tables, default=_END)
     large = [n for n in breaks.constants if SMALL_CONSTANT < n < _END]
     near = [n for n in breaks.constants if 5 < n <= SMALL_CONSTANT] + list(breaks.stands_for)
     plan = [(2, s, p, False) for s in range(1, 6) for p in range(5)]
@@ -127,12 +136,13 @@ def points(axes: Axes, free: Mapping[str, Dim | None], breaks: Breaks) -> Iterat
         plan += [(1, number + d, p, False) for d in (-1, 0, 1, 2) for p in (0, 1)]
     plan += [(1, s, n + d, True) for n in large for s in (1, 3) for d in (-2, 0, 1)]
     for rows in breaks.tables:
-        plan += [(1, rows, 0, True), (1, 1, rows - 1, True)] if rows <= MAX_TABLE else []
+        plan += [(1, rows, 0, True)] if rows <= MAX_TABLE else []
+        plan += [(1, s, rows + d, True) for s in (1, 3) for d in (-s, 1)]
     tried = set()
     for batch, queries, past, real in plan:
         point = solve(axes, free, batch, queries, past, real)
         key = None if point is None else (*sorted(point.sizes.items()), point.real)
-        if point is not None and point.keys <= end and key not in tried:
+        if point is not None and key not in tried:
             tried.add(key)
             yield point
 

@@ -68,7 +68,8 @@ def prove_mask(model: Model, values: SymbolicValues, axes: Axes, mask: gs.Tensor
     for item in _observe(values, probe, axes, free, padding):
         if isinstance(item, Unclear):
             return item
-        observations.append(item)
+        if item is not None:
+            observations.append(item)
     if not observations:
         return Unclear("its sizes are not known")
     reading = read_mask(observations)
@@ -126,7 +127,7 @@ def _free_sizes(
 
 def _observe(
     values: SymbolicValues, probe: Probe, axes: Axes, free: dict[str, Dim | None], padding: gs.Variable | None
-) -> Iterator[Observation | Unclear]:
+) -> Iterator[Observation | Unclear | None]:
     breaks = break_points(probe)
     entries = breaks.constants + list(breaks.stands_for)
     for point in points(axes, free, breaks):
@@ -157,18 +158,24 @@ def _at(
     padding: gs.Variable | None,
     content: NDArray[Any] | None,
     plain: bool,
-) -> Observation | Unclear:
+) -> Observation | Unclear | None:
+    """Return the mask at a point; None if it ends there: it was made for fewer keys."""
     feeds = {}
     if padding is not None and content is not None:
         feeds[padding.name] = content
     value = probe(point.sizes, feeds, {} if point.real else breaks.replaced)
     where = f"batch {point.batch}, {point.queries} queries, {point.keys} keys"
+    ends = point.keys > min(breaks.tables, default=point.keys)
     if value is None or value.ndim > _RANK:
+        if ends:
+            return None
         return Unclear(f"it cannot be computed for {where}")
     heads = value.shape[-3] if value.ndim >= 3 else 1
     try:
         value = np.broadcast_to(value, (point.batch, heads, point.queries, point.keys))
     except ValueError:
+        if ends:
+            return None
         return Unclear(f"its shape {value.shape} does not fit {where}")
     scale = partial(_real_window, breaks.stands_for) if point.real and breaks.stands_for else None
     return Observation(point.batch, point.queries, point.keys, content, value, plain, scale)

@@ -150,6 +150,23 @@ def test_a_window_that_counts_without_the_query() -> None:
     assert form_of(model)[1].attrs["window"] == 4097
 
 
+def test_a_window_as_a_band_of_a_triangle() -> None:
+    """Without a cache, the upper triangle from a diagonal far below on is a window."""
+    nodes = f"""{SHORT_RANGES} {CAUSAL} ones = Cast <to = 6> (causal) band = Trilu <upper = 1> (ones, far)
+        seen = Cast <to = 9> (band) {BIAS_2D}"""
+    model = attention_model(NO_CACHE, nodes, mask="", constants="int64 far = {-700}")
+    assert simplify(model)
+    assert form_of(model)[1].attrs["window"] == 701
+
+
+def test_a_window_in_floats() -> None:
+    nodes = f"""{RANGES} {CAUSAL} distance = Sub (row, column) distance_f = Cast <to = 1> (distance)
+        near = Less (distance_f, width) seen = And (causal, near) {BIAS_2D}"""
+    model = attention_model(CACHE, nodes, mask="", constants="float width = {600.0}")
+    assert simplify(model)
+    assert form_of(model)[1].attrs["window"] == 600
+
+
 def test_a_window_meets_one_that_is_there() -> None:
     nodes = f"{RANGES} {CAUSAL} {WINDOW} seen = And (causal, near) {BIAS_2D}"
     model = attention_model(CACHE, nodes, mask="", constants="int64 window = {4}", window_size=2)
@@ -309,6 +326,20 @@ def test_rows_that_see_nothing_may_be_opened() -> None:
 
 
 NEAR_MISSES = {
+    "one distance is hidden, in floats": (
+        f"""{RANGES} {CAUSAL} distance = Sub (row, column) distance_f = Cast <to = 1> (distance)
+        there = Equal (distance_f, width) elsewhere = Not (there) seen = And (causal, elsewhere) {BIAS_2D}""",
+        "",
+        "float width = {600.0}",
+        "no causal, sliding or padding mask",
+    ),
+    "a band that begins far away": (
+        f"""{RANGES} {CAUSAL} ones = Cast <to = 6> (causal) band = Trilu <upper = 0> (ones, far)
+        band_b = Cast <to = 9> (band) seen = And (causal, band_b) {BIAS_2D}""",
+        "",
+        "int64 far = {-700}",
+        "no causal, sliding or padding mask",
+    ),
     "bidirectional window": (
         f"{RANGES} {WINDOW} late = Add (row, window) early = Less (column, late) seen = And (near, early) {BIAS_2D}",
         "",
