@@ -65,10 +65,16 @@ class TableProofs:
         self._elements = elements
         self._known: dict[tuple[int, Picks], Hashable] = {}
         self._alive: list[gs.Tensor] = []
+        self._proven: set[Hashable] = set()  # tables of other layers
 
     def refusal(self, rotation: Rotation) -> Refusal | None:
         """Return why the tables of a rotation cannot be halved, or are not cosines and sines of the same angles."""
         where = rotation.output.name
+        columns = [*rotation.cosines, *rotation.sines, *(c for pair in rotation.partners for c in pair)]
+        tables = tuple(column.origin.key for column in columns)
+        if tables in self._proven:
+            return None
+        self._alive += [column.origin.tensor for column in columns]
         for (cosine, sine), cosine_again, sine_again in zip(
             rotation.partners, rotation.cosines, rotation.sines, strict=True
         ):
@@ -79,6 +85,7 @@ class TableProofs:
         for cosine, sine in zip(rotation.cosines, rotation.sines, strict=True):
             if not _same_angle(self.expression(cosine.origin), self.expression(sine.origin)):
                 return Refusal("cosine and sine are not those of one angle, or not scaled alike", where)
+        self._proven.add(tables)
         return None
 
     def _differ(self, a: Column, b: Column) -> bool:
