@@ -50,6 +50,7 @@ FORMS: dict[str, tuple[AttentionForm, dict[str, Any]]] = {
     "padding, heads first": (replace(CACHED, bias=True, heads_major=True), {"bias": ("B", 1, 1, "T")}),
     "bias by head": (replace(CACHED, bias=True), {"bias": (1, "H", 1, "T")}),
     "whole bias": (replace(CACHED, bias=True), {"bias": ("B", "H", "S", "T")}),
+    "table": (replace(CACHED, bias=True), {"bias": ("S", "T")}),
     "flat bias": (replace(CACHED, bias=True), {"bias": ("T",)}),
     "bias by row": (replace(CACHED, bias=True), {"bias": ("S", 1)}),
     "window": (replace(CACHED, window=True), {"window": 3}),
@@ -99,14 +100,32 @@ def test_grouped_attention_refuses_chunks_of_batches() -> None:
         run(model, feeds_for(model, CHUNKS_OF_BATCHES))
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_what_grouped_attention_cannot_express_becomes_attention(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in OTHERS if name != "cache that is not returned"])
+def test_what_is_not_causal_becomes_multi_head_attention(name: str) -> None:
     form, options = OTHERS[name]
     model = attention_model(form, **options)
+    before = model.copy()
+    assert not lower(model, "contrib").skipped
+    assert ops(model).count("MultiHeadAttention") == 1
+    for sizes in [*SIZES, CHUNKS_OF_BATCHES]:
+        assert_same(before, model, sizes)
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [
+        (OTHERS["cache that is not returned"][0], "its cache is not returned"),
+        (AttentionForm(grouped=True), "fewer heads of keys"),
+        (AttentionForm(softcap=True), "its scores are capped"),
+    ],
+)
+def test_what_neither_can_express_becomes_attention(form: AttentionForm, reason: str) -> None:
+    model = attention_model(form)
     before = model.copy()
     (skip,) = lower(model, "contrib").skipped
     assert isinstance(skip, Skip)
     assert "GroupQueryAttention cannot express it" in skip.reason
+    assert reason in skip.reason
     assert ops(model).count("Attention") == 1
     assert_same(before, model, CHUNKS_OF_BATCHES)
 
