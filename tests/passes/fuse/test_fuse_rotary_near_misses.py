@@ -150,3 +150,46 @@ def test_a_cached_key_behind_the_rotation_is_left_to_itself() -> None:
     result = fused(model(body))
     assert result.sites == 1
     assert result.ops["Concat"] == 1
+
+
+ORDERS = {
+    "halves": [4, 5, 6, 7, 0, 1, 2, 3],
+    "neighbours": [1, 0, 3, 2, 5, 4, 7, 6],
+    "reversed": [7, 6, 5, 4, 3, 2, 1, 0],
+    "itself": [0, 1, 2, 3, 4, 5, 6, 7],
+}
+SIGNS = {
+    "first half": [-1, -1, -1, -1, 1, 1, 1, 1],
+    "every second": [-1, 1, -1, 1, -1, 1, -1, 1],
+    "second half": [1, 1, 1, 1, -1, -1, -1, -1],
+    "none": [1] * 8,
+}
+COLUMNS = {
+    "repeated": [0, 1, 2, 3, 0, 1, 2, 3],
+    "twice each": [0, 0, 1, 1, 2, 2, 3, 3],
+    "mixed": [0, 1, 2, 3, 1, 0, 3, 2],
+}
+ROTATIONS = {
+    ("halves", "first half", "repeated", "repeated"),
+    ("neighbours", "every second", "twice each", "twice each"),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("signs", SIGNS)
+@pytest.mark.parametrize("cosines", COLUMNS)
+@pytest.mark.parametrize("sines", COLUMNS)
+def test_of_all_ways_to_pair_sign_and_repeat_only_the_rotations_are_fused(
+    order: str, signs: str, cosines: str, sines: str
+) -> None:
+    body = """
+        f4 = Unsqueeze (f, i1)  fc = Gather <axis = -1> (f4, cc)  c = Cos (fc)  fs = Gather <axis = -1> (f4, cs)
+        s = Sin (fs)  moved = Gather <axis = -1> (x, order)  turned = Mul (moved, signs)
+        a = Mul (x, c)  b = Mul (turned, s)  y = Add (a, b)"""
+    constants = {
+        "order": np.array(ORDERS[order]),
+        "signs": np.array(SIGNS[signs], np.float32),
+        "cc": np.array(COLUMNS[cosines]),
+        "cs": np.array(COLUMNS[sines]),
+    }
+    assert fused(model(body, **constants)).sites == ((order, signs, cosines, sines) in ROTATIONS)
