@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -12,6 +13,7 @@ from onnx import TensorProto
 from onnxslim_llm.concepts.block_weights import BlockJob
 from onnxslim_llm.concepts.concept import drop_unused_functions, replace_nodes
 from onnxslim_llm.custom_ops import ops
+from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.weights.jobs import derive
 from onnxslim_llm.passes.lower.codes import BlockCall, Constants, take_calls
@@ -50,6 +52,8 @@ class LowerOrtCpuOps(Pass):
         accuracy: The least precision of products. "int8": activations are rounded to int8 in blocks; "bf16":
             activations and weights to bfloat16; "exact": all in float32. Products that came in with a precision of
             their own keep it.
+        exact: Regular expressions: products with a match in the name of the weight or of the node are exact, whatever
+            `accuracy` says. `diff` lists the layers whose results differ most.
         epilogues: Let the product's operator compute the bias, the SiLU or Gelu and the gate that follow it.
     """
 
@@ -58,7 +62,16 @@ class LowerOrtCpuOps(Pass):
     lossless: ClassVar[bool] = False  # int8 activations; and without lowering there is no artifact to fall back to
 
     accuracy: Literal["exact", "bf16", "int8"] = "int8"
+    exact: tuple[str, ...] = ()
     epilogues: bool = True
+
+    def __post_init__(self) -> None:
+        for pattern in self.exact:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                what = f"{pattern!r} is no regular expression: {error}"
+                raise UsageError(what, where=f"{self.name}.exact") from error
 
     def apply(self, model: Model, context: Context) -> Change:
         """Replace products, and look-ups in what they multiply with."""
@@ -103,9 +116,15 @@ class LowerOrtCpuOps(Pass):
             "MatMulPacked",
             *inputs,
             **_attributes(call),
-            accuracy=after.jobs[0].accuracy or self.accuracy,
+            accuracy=self._accuracy_of(call, after),
             activation=after.activation if after.activation != "none" else None,
         )
+
+    def _accuracy_of(self, call: BlockCall, after: Epilogue) -> str:
+        names = (call.job.where(), call.node.name)
+        if any(re.search(pattern, name) for pattern in self.exact for name in names):
+            return "exact"
+        return after.jobs[0].accuracy or self.accuracy
 
 
 def _look_up(constants: Constants, op: Builder, call: BlockCall) -> gs.Tensor:

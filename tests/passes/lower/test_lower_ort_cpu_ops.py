@@ -11,6 +11,7 @@ from lowering_checks import FLOAT_TOLERANCE, HALF_TOLERANCE, assert_close, compi
 from onnx import helper, numpy_helper
 
 from onnxslim_llm.custom_ops import ops, packed
+from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.model import open_model
 from onnxslim_llm.ir.save import SaveOptions, save_model
 from onnxslim_llm.passes.lower.lower_ort_cpu_ops import LowerOrtCpuOps
@@ -97,6 +98,19 @@ def test_the_accuracy_is_written(tmp_path: Path, accuracy: Any) -> None:
     path = compiled(product(64, 32), tmp_path, LowerOrtCpuOps(accuracy=accuracy), lm_head_bits=4)
     expected = {"K": 64, "N": 32, "bits": 4, "block_size": 32, "accuracy": accuracy.encode()}
     assert attributes(path, "MatMulPacked") == expected
+
+
+def test_some_products_can_be_exact() -> None:
+    model = model_of(tied())
+    QuantizeWeights(min_elements=0, lm_head_bits=4, embedding_bits=4).apply(model, Context())
+    LowerOrtCpuOps(exact=("^E$",)).apply(model, Context())
+    found = {n.inputs[1].name: n.attrs["accuracy"] for n in model.graph.nodes if n.op == "MatMulPacked"}
+    assert found == {"E_q4": "exact", "W_q4": "int8"}
+
+
+def test_a_pattern_must_be_one() -> None:
+    with pytest.raises(UsageError, match="no regular expression"):
+        LowerOrtCpuOps(exact=("(",))
 
 
 def test_what_is_written_is_a_packed_weight(tmp_path: Path) -> None:
