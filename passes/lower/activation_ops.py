@@ -69,8 +69,8 @@ def swish(op: Builder, call: gs.Node) -> Sequence[gs.Tensor] | None:
 def swish_product(op: Builder, call: gs.Node) -> Sequence[gs.Tensor] | None:
     """Return x * sigmoid(alpha * x) for alpha = 1; None, for the body, otherwise.
 
-    ONNX Runtime 1.31 has no kernel for Swish and takes 2.5 times (a prompt) to 12 times (one token) as long with it as
-    with this product, which it fuses.
+    ONNX Runtime 1.31 has no kernel for Swish and takes 2 to 6 times as long with it as with this product, which it fuses
+    (benchmarks/fusion/operators.py).
     """
     if float(call.attrs["alpha"]) != 1.0:
         return None
@@ -81,7 +81,7 @@ def swish_product(op: Builder, call: gs.Node) -> Sequence[gs.Tensor] | None:
 def quick_gelu(op: Builder, call: gs.Node) -> Sequence[gs.Tensor] | None:
     """Return ONNX Runtime's QuickGelu, which is x * sigmoid(alpha * x) for any alpha.
 
-    Same bits as Mul and Sigmoid in 0.9 to 1.1 of the time; see `swish_product` for Swish.
+    Same bits as Mul and Sigmoid in the same time; see `swish_product` for Swish.
     """
     if onnx_type(call.inputs[0]) not in _TYPES:
         return swish_product(op, call)

@@ -52,7 +52,7 @@ class LowerContribOps(Pass):
         opset: Version of ai.onnx that an older model is converted to if it has something to lower.
         skip_norms: Which norms take in the residual sum before them: "none", "rms" (SkipSimplifiedLayerNormalization:
             the form that other tools know, for at most 1 % of the time of a prompt) or "all" (SkipLayerNormalization,
-            too, with which ONNX Runtime 1.31 takes 5 times as long as with sum and norm).
+            too, with which ONNX Runtime 1.31 takes 3 to 5 times as long as with sum and norm).
     """
 
     name: ClassVar[str] = "lower_contrib_ops"

@@ -37,9 +37,9 @@ def fold_residuals(model: Model, *, rms: bool, layer: bool) -> list[str]:
     The sum stays available as the operator's fourth output where something else reads it, and a bias that is added to
     one of the summands goes into the operator. The summands have the same shape, and the weight is a vector.
 
-    ONNX Runtime 1.31 on x86 takes 1.1 to 2.2 times as long with the former as with Add and RMSNormalization, and 5
-    times with the latter. Of a whole decoder of 70 M parameters the former is up to 1 % of a prompt, and of a token
-    nothing that can be measured.
+    ONNX Runtime 1.31 on x86 takes 1.1 to 1.6 times as long with the former as with Add and RMSNormalization, and 3 to 5
+    times as long with the latter (benchmarks/fusion/operators.py). Of a whole decoder of 70 M parameters the former is
+    up to 1 % of a prompt, and of a token nothing that can be measured.
 
     Args:
         model: Types and shapes are known.
