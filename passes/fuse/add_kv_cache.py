@@ -164,7 +164,7 @@ class _Work:
         sizes = [(node, index) for node, index in places if node.op == "Shape"]
         for node, index in sizes:
             node.inputs[index] = self._ids  # of the same shape
-        rest = [place for place in places if place not in sizes]
+        rest = [(node, index) for node, index in places if node.op != "Shape"]
         if rest:
             cut = op.Slice(self._mask, lengths.before, [2**63 - 1], [1])
             cut.dtype, cut.shape = self._mask.dtype, list(self._mask.shape)  # type: ignore[union-attr]

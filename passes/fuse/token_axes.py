@@ -139,6 +139,8 @@ class TokenAxes:
             for tensor in node.inputs[:3]:
                 if self.of(tensor) != wanted:
                     raise MixesTokensError(f"'{tensor.name}' is not made from the same text: no self-attention", node)
+            if any(self.of(tensor) is not None for tensor in node.inputs[3:]):
+                raise MixesTokensError("its mask depends on the text itself, of which a cache keeps nothing", node)
             return wanted
         if node.op in {concept.name for concept in ROTARY.values()}:
             # The angles may come from position ids, which are given token by token like the text.

@@ -247,6 +247,29 @@ def test_positions_that_depend_on_the_text(tmp_path: Path) -> None:
     assert "CumSum" in refusal(proto).what
 
 
+def test_a_mask_that_depends_on_the_text(tmp_path: Path) -> None:
+    """A model that finds the padding by itself would have to know the tokens that are in the cache."""
+    proto = source(tmp_path)
+    proto.graph.initializer.append(helper.make_tensor("pad", TensorProto.INT64, [], [1]))
+    proto.graph.initializer.append(helper.make_tensor("far_below", TensorProto.FLOAT, [], [-1e9]))
+    proto.graph.initializer.append(helper.make_tensor("middle", TensorProto.INT64, [2], [1, 2]))
+    nodes = list(proto.graph.node)
+    softmax = next(node for node in nodes if node.op_type == "Softmax")
+    made = [
+        helper.make_node("Equal", ["input_ids", "pad"], ["is_pad"]),
+        helper.make_node("Cast", ["is_pad"], ["pads"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["pads", "far_below"], ["hidden"]),
+        helper.make_node("Unsqueeze", ["hidden", "middle"], ["hidden_4d"]),
+        helper.make_node("Add", [softmax.input[0], "hidden_4d"], ["masked_scores"]),
+    ]
+    at = nodes.index(softmax)
+    softmax.input[0] = "masked_scores"
+    nodes[at:at] = made
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    assert "depends on the text itself" in refusal(proto).what
+
+
 def test_an_input_that_no_decoder_has(tmp_path: Path) -> None:
     proto = source(tmp_path)
     proto.graph.input.append(helper.make_tensor_value_info("gain", TensorProto.FLOAT, [1]))
