@@ -69,8 +69,8 @@ def swish(op: Builder, call: gs.Node) -> Sequence[gs.Tensor] | None:
 def swish_product(op: Builder, call: gs.Node) -> Sequence[gs.Tensor] | None:
     """Return x * sigmoid(alpha * x) for alpha = 1; None, for the body, otherwise.
 
-    ONNX Runtime 1.31 has no kernel for Swish and takes 2 to 6 times as long with it as with this product, which it fuses
-    (benchmarks/fusion/operators.py).
+    ONNX Runtime 1.31 has no kernel for Swish and takes 2 to 6 times as long with it as with this product, which it
+    fuses (benchmarks/fusion/operators.py).
     """
     if float(call.attrs["alpha"]) != 1.0:
         return None
