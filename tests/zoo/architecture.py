@@ -76,6 +76,8 @@ class Family:
         rotaries: rotary embeddings in the graph.
         layer_nodes: largest number of nodes that one more layer may add to Optimum's export, compiled for ONNX Runtime;
             0 if it is not checked.
+        gaps: exporters whose export is not fused completely yet, and what is left.
+        exported_by: exporters that are tried; none for all that take its kind.
         refused: exporters that cannot export it, and a part of what they say.
     """
 
@@ -88,12 +90,14 @@ class Family:
     norms: int = 2 * LAYERS + 1
     rotaries: int = 0
     layer_nodes: int = 0
+    gaps: Mapping[str, str] = field(default_factory=dict)
+    exported_by: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def exporters(self) -> tuple[str, ...]:
-        """The exporters that take such a kind of model."""
-        return EXPORTERS[self.kind]
+        """The exporters that are tried."""
+        return self.exported_by or EXPORTERS[self.kind]
 
     def parts(self, exporter: str) -> tuple[str, ...]:
         """The names of the ONNX files that `exporter` writes, without their suffix."""
