@@ -106,7 +106,9 @@ static void int8_tile_of(const PackedWeight& w, const uint8_t* strip, const Int8
     }
 }
 
-static inline void int8_tile(const PackedWeight& w, const uint8_t* strip, const Int8Rows& a, float* sums) {
+constexpr int64_t kPairedRows = 0;
+
+static inline void int8_tile(const PackedWeight& w, const uint8_t* strip, const Int8Rows& a, int32_t, float* sums) {
     using Tile = void (*)(const PackedWeight&, const uint8_t*, const Int8Rows&, float*);
     static constexpr Tile kTiles[2][2][2] = {{{int8_tile_of<1, false, false>, int8_tile_of<1, false, true>},
                                               {int8_tile_of<1, true, false>, int8_tile_of<1, true, true>}},

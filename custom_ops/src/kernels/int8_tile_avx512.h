@@ -83,40 +83,60 @@ static inline void add_half(const PackedWeight& w, const uint8_t* chunk, int32_t
     }
 }
 
-template <int32_t kRows, bool kFourBits, bool kShortBlocks, bool kZeroPoints>
+// kRows rows of a group by kStrips neighbouring strips; sums are [kStrips][kGroupRows][16]. Two strips at once are two
+// streams of memory, which one core needs to use all of its bandwidth.
+template <int32_t kRows, int32_t kStrips, bool kFourBits, bool kShortBlocks, bool kZeroPoints>
 static void int8_rows(const PackedWeight& w, const uint8_t* strip, const Int8Rows& a, int32_t r, float* sums) {
-    __m512 sum[kRows];
-    for (int32_t i = 0; i < kRows; i++) sum[i] = _mm512_setzero_ps();
+    __m512 sum[kStrips][kRows];
+    for (int32_t s = 0; s < kStrips; s++)
+        for (int32_t i = 0; i < kRows; i++) sum[s][i] = _mm512_setzero_ps();
     const int32_t halves = w.chunk_rows / kDotRows;
     int64_t k = 0;
     for (int32_t c = 0; c < w.chunks; c++, strip += w.chunk_bytes) {
-        for (int32_t line = 0; line < w.chunk_bytes; line += 64) {
-            _mm_prefetch((const char*)strip + kFetchNear + line, _MM_HINT_T0);
-            _mm_prefetch((const char*)strip + kFetchFar + line, _MM_HINT_T1);
+        for (int32_t s = 0; s < kStrips; s++) {
+            const char* ahead = (const char*)strip + s * w.strip_bytes;
+            for (int32_t line = 0; line < w.chunk_bytes; line += 64) {
+                _mm_prefetch(ahead + kFetchNear + line, _MM_HINT_T0);
+                _mm_prefetch(ahead + kFetchFar + line, _MM_HINT_T1);
+            }
         }
         for (int32_t half = 0; half < halves; half++, k += kDotRows)
-            add_half<kRows, kFourBits, kShortBlocks, kZeroPoints>(w, strip, half, a, k, r, sum);
+#pragma GCC unroll 2
+            for (int32_t s = 0; s < kStrips; s++)
+                add_half<kRows, kFourBits, kShortBlocks, kZeroPoints>(w, strip + s * w.strip_bytes, half, a, k, r,
+                                                                      sum[s]);
     }
-    for (int32_t i = 0; i < kRows; i++) _mm512_store_ps(sums + (r + i) * kStripColumns, sum[i]);
+    for (int32_t s = 0; s < kStrips; s++)
+        for (int32_t i = 0; i < kRows; i++) _mm512_store_ps(sums + (s * kGroupRows + r + i) * kStripColumns, sum[s][i]);
 }
 
 template <bool kFourBits, bool kShortBlocks, bool kZeroPoints>
-static void int8_group_of(const PackedWeight& w, const uint8_t* strip, const Int8Rows& a, float* sums) {
+static void int8_group_of(const PackedWeight& w, const uint8_t* strip, const Int8Rows& a, int32_t strips, float* sums) {
     int32_t r = 0;
-    for (; a.rows - r >= 16; r += 16) int8_rows<16, kFourBits, kShortBlocks, kZeroPoints>(w, strip, a, r, sums);
-    for (; a.rows - r >= 8; r += 8) int8_rows<8, kFourBits, kShortBlocks, kZeroPoints>(w, strip, a, r, sums);
-    for (; a.rows - r >= 4; r += 4) int8_rows<4, kFourBits, kShortBlocks, kZeroPoints>(w, strip, a, r, sums);
-    for (; a.rows - r >= 2; r += 2) int8_rows<2, kFourBits, kShortBlocks, kZeroPoints>(w, strip, a, r, sums);
-    for (; a.rows - r >= 1; r += 1) int8_rows<1, kFourBits, kShortBlocks, kZeroPoints>(w, strip, a, r, sums);
+    if (strips == 2) {
+        for (; a.rows - r >= 4; r += 4) int8_rows<4, 2, kFourBits, kShortBlocks, kZeroPoints>(w, strip, a, r, sums);
+        for (; a.rows - r >= 2; r += 2) int8_rows<2, 2, kFourBits, kShortBlocks, kZeroPoints>(w, strip, a, r, sums);
+        for (; a.rows - r >= 1; r += 1) int8_rows<1, 2, kFourBits, kShortBlocks, kZeroPoints>(w, strip, a, r, sums);
+        return;
+    }
+    for (; a.rows - r >= 16; r += 16) int8_rows<16, 1, kFourBits, kShortBlocks, kZeroPoints>(w, strip, a, r, sums);
+    for (; a.rows - r >= 8; r += 8) int8_rows<8, 1, kFourBits, kShortBlocks, kZeroPoints>(w, strip, a, r, sums);
+    for (; a.rows - r >= 4; r += 4) int8_rows<4, 1, kFourBits, kShortBlocks, kZeroPoints>(w, strip, a, r, sums);
+    for (; a.rows - r >= 2; r += 2) int8_rows<2, 1, kFourBits, kShortBlocks, kZeroPoints>(w, strip, a, r, sums);
+    for (; a.rows - r >= 1; r += 1) int8_rows<1, 1, kFourBits, kShortBlocks, kZeroPoints>(w, strip, a, r, sums);
 }
 
-static inline void int8_tile(const PackedWeight& w, const uint8_t* strip, const Int8Rows& a, float* sums) {
-    using Tile = void (*)(const PackedWeight&, const uint8_t*, const Int8Rows&, float*);
+// Up to this many rows two strips are done at once.
+constexpr int64_t kPairedRows = 4;
+
+static inline void int8_tile(const PackedWeight& w, const uint8_t* strip, const Int8Rows& a, int32_t strips,
+                             float* sums) {
+    using Tile = void (*)(const PackedWeight&, const uint8_t*, const Int8Rows&, int32_t, float*);
     static constexpr Tile kTiles[2][2][2] = {{{int8_group_of<false, false, false>, int8_group_of<false, false, true>},
                                               {int8_group_of<false, true, false>, int8_group_of<false, true, true>}},
                                              {{int8_group_of<true, false, false>, int8_group_of<true, false, true>},
                                               {int8_group_of<true, true, false>, int8_group_of<true, true, true>}}};
-    kTiles[w.scheme.bits == 4][w.scheme.block < kDotRows][w.scheme.zero_points](w, strip, a, sums);
+    kTiles[w.scheme.bits == 4][w.scheme.block < kDotRows][w.scheme.zero_points](w, strip, a, strips, sums);
 }
 
 }  // namespace OSL_ISA

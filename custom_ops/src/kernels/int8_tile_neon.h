@@ -120,7 +120,9 @@ static inline void add_half(const PackedWeight& w, const uint8_t* chunk, int32_t
     }
 }
 
-static inline void int8_tile(const PackedWeight& w, const uint8_t* strip, const Int8Rows& a, float* sums) {
+constexpr int64_t kPairedRows = 0;
+
+static inline void int8_tile(const PackedWeight& w, const uint8_t* strip, const Int8Rows& a, int32_t, float* sums) {
     memset(sums, 0, (size_t)(a.rows * kStripColumns) * sizeof(float));
     int64_t k = 0;
     for (int32_t c = 0; c < w.chunks; c++, strip += w.chunk_bytes) {

@@ -32,22 +32,26 @@ void run(const MatMulProblem& p, const MatMulPlan& plan, uint8_t* scratch, int64
     if (plan.method == kMethodAmxBf16) return run_bf16(p, plan, scratch, first, last);
 #endif
     const PackedWeight& w = p.b;
-    const int64_t step = p.activation >= kSiluGate ? 2 : 1;
+    const bool gate = p.activation >= kSiluGate, paired = plan.method == kMethodInt8 && p.m <= kPairedRows;
     const float* low_rank = (const float*)(scratch + plan.low_rank_at);
     const Int8Scratch codes = int8_scratch(w, p.m, scratch);
-    for (int64_t strip = first; strip < last; strip += step) {
+    for (int64_t strip = first; strip < last;) {
+        const int32_t strips = gate || (paired && strip + 1 < last) ? 2 : 1;
+        const int32_t at_once = paired ? strips : 1;
         for (int64_t row = 0; row < p.m; row += kGroupRows) {
             alignas(64) float sums[2][kGroupRows * kStripColumns];
             const int32_t rows = group_rows(p.m, row);
-            for (int64_t i = 0; i < step; i++) {
+            for (int32_t i = 0; i < strips; i += at_once) {
                 const uint8_t* bytes = w.strips + (strip + i) * w.strip_bytes;
                 if (plan.method == kMethodFloat)
                     float_tile(w, bytes, (const float*)scratch + row * w.padded_rows, rows, sums[i]);
                 else
-                    int8_tile(w, bytes, int8_group(w, codes, p.m, row), sums[i]);
+                    int8_tile(w, bytes, int8_group(w, codes, p.m, row), at_once, sums[i]);
             }
-            finish_rows(p, low_rank, row, rows, strip, sums[0], kGroupRows * kStripColumns);
+            for (int32_t i = 0; i < (gate ? 1 : strips); i++)
+                finish_rows(p, low_rank, row, rows, strip + i, sums[i], kGroupRows * kStripColumns);
         }
+        strip += strips;
     }
 }
 
