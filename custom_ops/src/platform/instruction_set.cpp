@@ -60,7 +60,8 @@ OslIsa choose() {
     if (wanted == nullptr) return best;
     OslIsa named = best;
     if (std::strcmp(wanted, "scalar") == 0) named = OSL_ISA_SCALAR;
-    if (std::strcmp(wanted, "avx2") == 0) named = OSL_ISA_AVX2;
+    // Names of product kernels (kernel_isa.cpp) mean the variant with the same registers.
+    if (std::strcmp(wanted, "avx2") == 0 || std::strcmp(wanted, "avxvnni") == 0) named = OSL_ISA_AVX2;
     if (std::strcmp(wanted, "avx512") == 0) named = OSL_ISA_AVX512;
     return supports(named) ? named : best;
 }
