@@ -15,6 +15,7 @@ from onnxslim_llm.errors import ModelError
 from onnxslim_llm.ir.shapes import SymbolicValues, infer_shapes
 from onnxslim_llm.ir.shapes.dims import Expr
 from onnxslim_llm.ir.topology import sort_nodes
+from onnxslim_llm.passes.fuse.growing_text import GrowingText
 from onnxslim_llm.passes.fuse.token_axes import ELEMENTWISE, MixesTokensError, TokenAxes
 from onnxslim_llm.passes.fuse.whole_text import Lengths, WholeText, depends_on
 from onnxslim_llm.rewrite.edit import Builder, detach, remove_dead
@@ -59,6 +60,7 @@ class AddKvCache(Pass):
         - there is no fused attention, or one that is not known to be causal
         - an operator mixes tokens, or is not known not to
         - a mask or a position depends on the text itself
+        - positions or angles of earlier tokens change when the text grows (rotary factors that depend on the length)
         - the number of tokens is fixed.
     """
 
@@ -191,12 +193,14 @@ class _Work:
         return made[0], made[1], made[2], made[3]
 
     def _replacements(self, text: WholeText) -> Iterator[tuple[gs.Node, int, gs.Tensor]]:
+        growing = GrowingText(self._values, self._length, self._mask)
         for node in list(self._graph.nodes):
             for index, tensor in enumerate(node.inputs):
                 if self._axes.of(node.outputs[0]) is None or self._axes.of(tensor) is not None:
                     continue
                 if text.is_static(tensor) or index in _SIZE_SLOTS.get(node.op, ()):
                     continue
+                growing.check(tensor)
                 new = self._replacement(text, node, index, tensor)
                 if new is not None:
                     yield node, index, new

@@ -247,6 +247,53 @@ def test_positions_that_depend_on_the_text(tmp_path: Path) -> None:
     assert "CumSum" in refusal(proto).what
 
 
+def with_column(proto: onnx.ModelProto, *made: onnx.NodeProto) -> onnx.ModelProto:
+    """Add a number for each token, made by nodes of which the last gives "number" [B, S], to the embeddings."""
+    for name, shape, value in (("along", [], [1]), ("last", [1], [2]), ("second", [1], [1])):
+        proto.graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, shape, value))
+    return between(
+        proto,
+        lambda x, y: [
+            helper.make_node("Cast", ["attention_mask"], ["seen"], to=TensorProto.FLOAT),
+            *made,
+            helper.make_node("Unsqueeze", ["number", "last"], ["column"]),
+            helper.make_node("Add", [x, "column"], [y]),
+        ],
+    )
+
+
+def test_numbers_that_stay_when_the_text_grows(tmp_path: Path) -> None:
+    """Positions among the real tokens, as OPT counts them."""
+    proto = with_column(source(tmp_path), helper.make_node("CumSum", ["seen", "along"], ["number"]))
+    model, _ = cached(proto)
+    agree(proto, model)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        [helper.make_node("CumSum", ["seen", "along"], ["number"], reverse=1, name="culprit")],
+        [
+            helper.make_node("CumSum", ["seen", "along"], ["count"]),
+            helper.make_node("ReduceMax", ["count"], ["most"], axes=[1], name="culprit"),
+            helper.make_node("Div", ["count", "most"], ["number"]),
+        ],
+        [
+            helper.make_node("Shape", ["attention_mask"], ["sizes"]),
+            helper.make_node("Gather", ["sizes", "second"], ["total"]),
+            helper.make_node("Cast", ["total"], ["total_f"], to=TensorProto.FLOAT),
+            helper.make_node("Div", ["seen", "total_f"], ["number"], name="culprit"),
+        ],
+    ],
+    ids=["counted from the end", "divided by the largest", "divided by the length"],
+)
+def test_numbers_that_change_when_the_text_grows(tmp_path: Path, made: list[onnx.NodeProto]) -> None:
+    """A cache would keep what was computed with the old ones."""
+    error = refusal(with_column(source(tmp_path), *made))
+    assert "when the text grows" in error.what
+    assert error.where == "culprit"
+
+
 def test_a_mask_that_depends_on_the_text(tmp_path: Path) -> None:
     """A model that finds the padding by itself would have to know the tokens that are in the cache."""
     proto = source(tmp_path)
