@@ -224,7 +224,8 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Random numbers of order one, as int8 or bfloat16: zeros draw less power and might be clocked higher than real work.
+// Random numbers of order one, as int8 or bfloat16: zeros draw less power and
+// might be clocked higher than real work.
 struct alignas(64) Operands {
   uint16_t values[4][512];
   Operands() {
