@@ -9,7 +9,7 @@ from typing import Any, Literal
 from onnxslim_llm.errors import ModelError
 from onnxslim_llm.runtime.decoder import DecoderRunner, DecoderState
 from onnxslim_llm.runtime.session import Array, Session
-from onnxslim_llm.runtime.signature import find_decoder
+from onnxslim_llm.runtime.signature import DecoderSignature, find_decoder
 from onnxslim_llm.verify.cases import DecoderCase, TensorCase
 from onnxslim_llm.verify.figures import ErrorFigures, ErrorSums, LogitSums
 from onnxslim_llm.verify.gates import Precision, lossless_limit
@@ -119,8 +119,7 @@ def compare(
     if plan.kind == "tensors":
         return _compare_tensors(source, artifact, plan, lambda done: tell(done, len(plan.cases)))
     ours = DecoderRunner(source)
-    # What the artifact's own graph leaves open (a head size that only the source's folder tells) is as in the source.
-    theirs = DecoderRunner(artifact, find_decoder(artifact)[0] or ours.signature)
+    theirs = DecoderRunner(artifact, _signature(artifact, ours))
     if ours.vocab != theirs.vocab:
         raise ModelError(
             f"the artifact has a vocabulary of {theirs.vocab}, the source of {ours.vocab}", where=artifact.where
@@ -176,6 +175,12 @@ def compare(
         top1_agreement=logits.top1_agreement,
         greedy=greedy,
     )
+
+
+def _signature(artifact: Session, source: DecoderRunner) -> DecoderSignature | None:
+    """The artifact's own; the source's if the graph leaves open what only the source's folder tells (a head size)."""
+    same = [info.name for info in artifact.inputs] == [info.name for info in source.session.inputs]
+    return find_decoder(artifact)[0] or (source.signature if same else None)
 
 
 class _SourceFailsError(Exception):

@@ -14,6 +14,8 @@ from zoo.census import count_nodes, fused_sites
 from zoo.equality import compare
 from zoo.families import FAMILIES, LAYERS, Family, family
 
+import onnxslim_llm as osl
+
 # Runs in every test run; the rest, with the exports that take long, behind the marker.
 _REPRESENTATIVE = frozenset(
     {
@@ -94,3 +96,12 @@ def _with_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
 @pytest.mark.parametrize(("name", "exporter"), [*_exports(refused=True)])
 def test_the_exporter_still_refuses(name: str, exporter: str) -> None:
     assert family(name).refused[exporter] in exported(family(name), exporter).failure
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_model_of_the_builder_is_verified(name: str, tmp_path: Path) -> None:
+    """Its caches leave the head size open, and its attention refuses batches of chunks."""
+    result = osl.compile(model_path(name, "genai"), tmp_path / "artifact", recipe="safe", target="ort-cpu")
+    assert result.manifest.verify is not None
+    assert result.manifest.verify.greedy_prefix_match == 1.0

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ from reference_decoder import DecoderSpec, build
 
 from onnxslim_llm.errors import ModelError
 from onnxslim_llm.runtime.session import open_session
+from onnxslim_llm.verify.cases import DecoderCase
 from onnxslim_llm.verify.compare import Comparison, compare
 from onnxslim_llm.verify.inputs import make_plan
 
@@ -234,3 +236,14 @@ def test_strings_are_compared_by_equality(tmp_path: object) -> None:
     session = open_session(source)
     found = compare(session, session, Plan("tensors", (case,)))
     assert found.outputs["u"].max_abs == 0
+
+
+def test_a_case_that_the_source_cannot_run_is_left_out(decoder: onnx.ModelProto) -> None:
+    plain = open_session(decoder, threads=1, optimise=False)
+    plan = make_plan(plain, proto=decoder, greedy_tokens=4)
+    outside = np.full((1, 4), 1 << 20)
+    broken = DecoderCase("ids outside of the vocabulary", ((outside, np.ones_like(outside)),))
+    found = compare(plain, open_session(decoder, threads=1), replace(plan, cases=(*plan.cases, broken)))
+    assert [name for name, why in found.skipped if "the source itself fails" in why] == [broken.name]
+    assert broken.name not in found.inputs
+    assert found.total.max_abs <= ROUNDING
