@@ -125,6 +125,8 @@ class GrowingText:
             fine = "size" not in kinds and not self._crosses(node, tensor, {_axis(node, 0)})
         elif node.op == "GatherElements":
             fine = kinds[0] == "same"
+        elif node.op == "Split":
+            fine = not self._crosses(node, first, {_axis(node, 0)})
         elif node.op == "Tile":
             fine = kinds[1] == "same"
         elif node.op == "CumSum":
