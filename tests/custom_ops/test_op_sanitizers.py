@@ -60,7 +60,6 @@ def build(library: Path) -> None:
         [
             *common,
             *map(str, sources),
-            str(SOURCES / "platform" / "instruction_set.cpp"),
             str(scalar),
             "-o",
             str(library),
