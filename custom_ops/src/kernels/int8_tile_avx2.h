@@ -18,7 +18,8 @@ struct HalfStripCodes {
 static inline __m256i nibbles(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
 
 // Codes of 32 rows for the 8 columns whose words begin at byte `at` of a 64-byte vector.
-static inline void load_codes(int32_t bits, const uint8_t* chunk, int32_t half, int32_t at, HalfStripCodes* codes) {
+static inline __attribute__((always_inline)) void load_codes(int32_t bits, const uint8_t* chunk, int32_t half,
+                                                             int32_t at, HalfStripCodes* codes) {
     const auto load = [&](const uint8_t* from) { return _mm256_loadu_si256((const __m256i*)(from + at)); };
     if (bits == 4) {
         for (int32_t j = 0; j < 4; j++) {
@@ -67,12 +68,13 @@ static inline __m256i dot(const __m256i* w, const int8_t* a) {
     return sum;
 }
 
-// Rows [k, k + 32) of K, columns [column, column + 8) of the strip, all rows of a. kParts blocks lie in the 32 rows.
-template <int32_t kParts, bool kBytes, bool kZeroPoints>
-static inline void add_half(const PackedWeight& w, const uint8_t* chunk, int32_t half, int32_t column,
-                            const Int8Rows& a, int64_t k, float* sums) {
+// Rows [k, k + 32) of K, columns [column, column + 8) of the strip, all rows of a. kParts blocks lie in the 32 rows;
+// kBits is 8, 4, or 0 for fewer.
+template <int32_t kParts, int32_t kBits, bool kZeroPoints>
+static inline __attribute__((always_inline)) void add_half(const PackedWeight& w, const uint8_t* chunk, int32_t half,
+                                                           int32_t column, const Int8Rows& a, int64_t k, float* sums) {
     HalfStripCodes codes;
-    load_codes(kBytes ? 8 : w.scheme.bits, chunk, half, column * 4, &codes);
+    load_codes(kBits == 0 ? w.scheme.bits : kBits, chunk, half, column * 4, &codes);
     for (int32_t part = 0; part < kParts; part++) {
         const int32_t block = kParts == 2 ? half * 2 + part : (half * kDotRows) >> w.block_shift;
         const __m256 scale = (__m256)block_scales(w, chunk, block, column);
@@ -80,13 +82,17 @@ static inline void add_half(const PackedWeight& w, const uint8_t* chunk, int32_t
             kZeroPoints ? _mm256_cvtps_epi32((__m256)block_zeros(w, chunk, block, column)) : _mm256_setzero_si256();
         const int64_t at = (k / kDotRows * kParts + part) * a.rows;
         const int8_t* x = a.codes + k * a.rows + part * 16;
-        for (int32_t r = 0; r < a.rows; r++, x += kDotRows) {
+        const int32_t* offsets = a.offsets + at;
+        const float* scales = a.scales + at;
+        const int32_t rows = a.rows;
+#pragma GCC unroll 2
+        for (int32_t r = 0; r < rows; r++, x += kDotRows) {
             __m256i product = dot<8 / kParts>(codes.low + part * 4, x);
-            if (kBytes)
+            if (kBits == 8)
                 product = _mm256_add_epi32(product, _mm256_slli_epi32(dot<8 / kParts>(codes.high + part * 4, x), 4));
-            __m256i offset = _mm256_set1_epi32(a.offsets[at + r]);
+            __m256i offset = _mm256_set1_epi32(offsets[r]);
             if (kZeroPoints) offset = _mm256_mullo_epi32(offset, zeros);
-            const __m256 x_scale = _mm256_mul_ps(scale, _mm256_set1_ps(a.scales[at + r]));
+            const __m256 x_scale = _mm256_mul_ps(scale, _mm256_set1_ps(scales[r]));
             float* sum = sums + r * kStripColumns + column;
             const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(product, offset)), x_scale);
             _mm256_store_ps(sum, _mm256_add_ps(_mm256_load_ps(sum), scaled));
@@ -94,7 +100,7 @@ static inline void add_half(const PackedWeight& w, const uint8_t* chunk, int32_t
     }
 }
 
-template <int32_t kParts, bool kBytes, bool kZeroPoints>
+template <int32_t kParts, int32_t kBits, bool kZeroPoints>
 static void int8_tile_of(const PackedWeight& w, const uint8_t* strip, const Int8Rows& a, float* sums) {
     int64_t k = 0;
     for (int32_t c = 0; c < w.chunks; c++, strip += w.chunk_bytes) {
@@ -102,7 +108,7 @@ static void int8_tile_of(const PackedWeight& w, const uint8_t* strip, const Int8
             _mm_prefetch((const char*)strip + kFetchAhead + line, _MM_HINT_T0);
         for (int32_t half = 0; half < w.chunk_rows / kDotRows; half++, k += kDotRows)
             for (int32_t column = 0; column < kStripColumns; column += kHalfStrip)
-                add_half<kParts, kBytes, kZeroPoints>(w, strip, half, column, a, k, sums);
+                add_half<kParts, kBits, kZeroPoints>(w, strip, half, column, a, k, sums);
     }
 }
 
@@ -110,12 +116,14 @@ constexpr int64_t kPairedRows = 0;
 
 static inline void int8_tile(const PackedWeight& w, const uint8_t* strip, const Int8Rows& a, int32_t, float* sums) {
     using Tile = void (*)(const PackedWeight&, const uint8_t*, const Int8Rows&, float*);
-    static constexpr Tile kTiles[2][2][2] = {{{int8_tile_of<1, false, false>, int8_tile_of<1, false, true>},
-                                              {int8_tile_of<1, true, false>, int8_tile_of<1, true, true>}},
-                                             {{int8_tile_of<2, false, false>, int8_tile_of<2, false, true>},
-                                              {int8_tile_of<2, true, false>, int8_tile_of<2, true, true>}}};
+    static constexpr Tile kTiles[2][3][2] = {{{int8_tile_of<1, 0, false>, int8_tile_of<1, 0, true>},
+                                              {int8_tile_of<1, 4, false>, int8_tile_of<1, 4, true>},
+                                              {int8_tile_of<1, 8, false>, int8_tile_of<1, 8, true>}},
+                                             {{int8_tile_of<2, 0, false>, int8_tile_of<2, 0, true>},
+                                              {int8_tile_of<2, 4, false>, int8_tile_of<2, 4, true>},
+                                              {int8_tile_of<2, 8, false>, int8_tile_of<2, 8, true>}}};
     memset(sums, 0, (size_t)(a.rows * kStripColumns) * sizeof(float));
-    kTiles[w.scheme.block < kDotRows][w.scheme.bits == 8][w.scheme.zero_points](w, strip, a, sums);
+    kTiles[w.scheme.block < kDotRows][w.scheme.bits / 4][w.scheme.zero_points](w, strip, a, sums);
 }
 
 }  // namespace OSL_ISA
