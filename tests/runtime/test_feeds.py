@@ -103,3 +103,13 @@ def test_bounds_through_casts_and_quantized_tables() -> None:
     }
     proto.graph.initializer.extend(onnx.numpy_helper.from_array(a, n) for n, a in arrays.items())
     assert index_bounds(proto) == {"ids": 12, "other": 5}
+
+
+def test_bounds_of_packed_tables() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 21, "onnxslim_llm.ops" : 1]>
+        g (int64[n] ids) => (float[n, 70] y) {
+            y = onnxslim_llm.ops.GatherPacked <K = 70, N = 33, bits = 4, block_size = 32> (B, ids)
+        }"""
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(5000, np.uint8), "B"))
+    assert index_bounds(proto) == {"ids": 33}
