@@ -23,6 +23,7 @@ from onnxslim_llm.rewrite.edit import Builder
 __all__ = ["CONTRIB_DOMAIN", "Lengths", "grouped_attention", "reason_against"]
 
 CONTRIB_DOMAIN = "com.microsoft"
+_HEAD_MULTIPLE = 8  # refused at run time otherwise
 
 
 class Lengths:
@@ -54,6 +55,8 @@ def reason_against(call: AttentionCall) -> str:
         return "it is not causal"
     if call.head_size is None or call.head_size != call.value_size:
         return "its key and value heads differ in size, or their sizes are not known"
+    if not isinstance(call.head_size, int) or call.head_size % _HEAD_MULTIPLE:
+        return f"heads of {call.head_size} are no multiple of {_HEAD_MULTIPLE}"
     if form.past and not form.present:
         return "its cache is not returned"
     if call.inputs["Q"].dtype not in (None, np.dtype(np.float32), np.dtype(np.float16)):

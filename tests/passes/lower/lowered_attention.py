@@ -20,21 +20,27 @@ Array = np.ndarray[Any, Any]
 
 
 def attention_model(
-    form: AttentionForm, *, bias: tuple[Any, ...] = (), window: int = 0, cross: bool = False, layers: int = 1
+    form: AttentionForm,
+    *,
+    bias: tuple[Any, ...] = (),
+    window: int = 0,
+    cross: bool = False,
+    layers: int = 1,
+    width: int = WIDTH,
 ) -> Model:
-    """Attentions that read the same inputs; with `bias` its shape, made of B, H, S, T and 1."""
+    """Attentions that read the same inputs; with `bias` its shape, made of B, H, S, T and 1, and `width` the size of a head."""
     keys = "E" if cross else "S"
     kv_heads = KV_HEADS if form.grouped else HEADS
 
     def rows(length: str, heads: int) -> list[Any]:
-        return ["B", heads, length, WIDTH] if form.heads_major else ["B", length, heads * WIDTH]
+        return ["B", heads, length, width] if form.heads_major else ["B", length, heads * width]
 
     shapes = {
         "Q": rows("S", HEADS),
         "K": rows(keys, kv_heads),
         "V": rows(keys, kv_heads),
-        "past_key": ["B", kv_heads, "P", WIDTH],
-        "past_value": ["B", kv_heads, "P", WIDTH],
+        "past_key": ["B", kv_heads, "P", width],
+        "past_value": ["B", kv_heads, "P", width],
         "bias": [{"T": f"P + {keys}" if form.past else keys, "H": HEADS}.get(d, d) for d in bias],
     }
     proto = onnx.helper.make_model(
@@ -46,7 +52,7 @@ def attention_model(
     inputs = {name: gs.Variable(name, np.float32, shapes[name]) for name in form.inputs}
     model.graph.inputs = list(inputs.values())
     for layer in range(layers):
-        cache = ["B", kv_heads, "total", WIDTH]
+        cache = ["B", kv_heads, "total", width]
         outputs = [
             gs.Variable(f"{name}{layer}", np.float32, shapes["Q"] if name == "Y" else cache) for name in form.outputs
         ]

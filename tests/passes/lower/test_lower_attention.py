@@ -111,6 +111,16 @@ def test_what_is_not_causal_becomes_multi_head_attention(name: str) -> None:
         assert_same(before, model, sizes)
 
 
+def test_heads_of_odd_sizes() -> None:
+    """GroupQueryAttention takes multiples of 8 only."""
+    grouped, by_head = (attention_model(replace(CACHED, grouped=flag), width=12) for flag in (True, False))
+    for model, op in ((grouped, "Attention"), (by_head, "MultiHeadAttention")):
+        before = model.copy()
+        lower(model, "contrib")
+        assert ops(model).count(op) == 1
+        assert_same(before, model, CHUNKS_OF_BATCHES)
+
+
 @pytest.mark.parametrize(
     ("form", "reason"),
     [
