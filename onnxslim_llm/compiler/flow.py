@@ -153,6 +153,10 @@ def compile(  # noqa: A001
         passes = [*chosen.build(), *lowering_passes(goal, kv_cache, opset)]
         job = _Job(passes, goal, staging, account, progress, judge, calibrator, memory_limit)
         verified = job.run(model)
+        if kv_cache == "int8" and verified is not None and verified.kl_mean is not None:
+            exact = all(step.lossless for step in chosen.build())
+            what = "the int8 KV cache costs" if exact else "the recipe and the int8 KV cache cost"
+            account.note(f"{what} a mean KL divergence of {verified.kl_mean:.2g}")
         calibrator.discard()
         quality = judge.measure(staging.directory / MODEL_NAME)
         written, remarks = write_client_files(staging.directory / MODEL_NAME, path.parent)

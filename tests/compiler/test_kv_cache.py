@@ -59,6 +59,7 @@ def test_int8_and_what_it_costs(source: Path, tmp_path: Path) -> None:
     kinds = {i.type.tensor_type.elem_type for i in graph.input if "past" in i.name}
     assert kinds == {onnx.TensorProto.INT8}
     assert names(result.path / "model.onnx") == names(source)
+    assert any("the int8 KV cache costs a mean KL divergence of" in note for note in result.manifest.notes)
     assert any("random tokens" in note for note in result.manifest.notes)
     runner = DecoderRunner(open_session(result.path / "model.onnx", threads=1))
     assert len(list(generate(runner, [1, 2, 3], max_new_tokens=8))) == 8

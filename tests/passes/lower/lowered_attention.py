@@ -28,7 +28,7 @@ def attention_model(
     layers: int = 1,
     width: int = WIDTH,
 ) -> Model:
-    """Attentions that read the same inputs; with `bias` its shape, made of B, H, S, T and 1, and `width` the size of a head."""
+    """Attentions that read the same inputs; `bias` is a shape, made of B, H, S, T and 1, `width` the size of a head."""
     keys = "E" if cross else "S"
     kv_heads = KV_HEADS if form.grouped else HEADS
 
