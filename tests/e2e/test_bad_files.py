@@ -203,7 +203,8 @@ def test_a_folder_with_one_model_and_data_and_side_files(here: Cli, tmp_path: Pa
     save_external(decoder(), tmp_path / "m" / "decoder.onnx")
     (tmp_path / "m" / "config.json").write_text("{}")
     assert here("compile", "m", "-o", "build", "--verify", "off").code == 0
-    assert [entry["path"] for entry in whole(tmp_path / "build")["artifact"]["carried"]] == ["config.json"]
+    carried = {entry["path"] for entry in whole(tmp_path / "build")["artifact"]["carried"]}
+    assert carried == {"config.json", "genai_config.json"}  # the second is ours: the model is a decoder
 
 
 @pytest.mark.parametrize("name", ["nothing.onnx", "no/such/folder/model.onnx", "-", ""])

