@@ -29,7 +29,6 @@ _REPRESENTATIVE = frozenset(
 )
 
 _LLAMA_NODES = 40  # of the 621 that Optimum writes; peers leave 238 or more
-_BRANCHES = "decoder_model_merged"
 _PER_LAYER = frozenset({"layer_types", "no_rope_layers"})
 
 Compiled = Callable[..., Path]
@@ -62,8 +61,6 @@ def test_the_compiled_model_computes_the_same(name: str, exporter: str, part: st
 
 @pytest.mark.parametrize(("name", "exporter", "part"), [*_exports(refused=False, gaps=True)])
 def test_every_site_is_fused(name: str, exporter: str, part: str, compiled: Compiled) -> None:
-    if part == _BRANCHES:
-        pytest.skip("both decoders are branches of an If, which fusion leaves alone")
     artifact = onnx.load(compiled(model_path(name, exporter, part)), load_external_data=False)
     assert fused_sites(artifact) == family(name).sites(part)
 

@@ -111,6 +111,8 @@ class Family:
         decoder = Sites(attentions=2 * LAYERS, norms=3 * LAYERS + 1, rotaries=0)
         if part.startswith("encoder"):
             return encoder
+        if part.endswith("merged"):  # an If: the decoder without and with a cache
+            return Sites(2 * decoder.attentions, 2 * decoder.norms, 0)
         if part.startswith("decoder"):
             return decoder
         return Sites(encoder.attentions + decoder.attentions, encoder.norms + decoder.norms, 0)
