@@ -138,6 +138,9 @@ def inline_call(model: Model, node: gs.Node) -> list[gs.Node]:
         while read and read[-1].is_empty():
             read.pop()
         body.append(gs.Node(inner.op, name, _resolve(inner.attrs, attributes), read, made, inner.domain))
+    for inner in body:
+        if hint and any(tensor is outputs[0] for tensor in inner.outputs):
+            inner.name = hint  # what makes the result keeps the name
     return body
 
 

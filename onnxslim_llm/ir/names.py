@@ -44,5 +44,6 @@ class NameSource:
             taken.update(tensor.name for tensor in node.outputs)
         skeleton = skeleton_of(graph, GraphSkeleton)
         if skeleton is not None:
-            taken.update(constant.name for constant in skeleton.initializers)
+            # Of the file's initializers those that were used and are not any more are gone.
+            taken.update(constant.name for constant in skeleton.initializers if id(constant) in skeleton.orphans)
             taken.update(entry.name for entry, _ in skeleton.value_info)

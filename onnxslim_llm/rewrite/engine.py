@@ -131,6 +131,9 @@ class _Run:
         inherit_metadata(root, match.outputs[0])
         for node in remove_dead(matched, self.graph_outputs):
             self._removed[id(node)] = node
+        for node in builder.nodes if id(root) in self._removed and root.name else ():
+            if any(tensor is match.outputs[0] for tensor in node.outputs):
+                node.name = root.name  # compiling again gives the same names
         self.change.sites.append(site)
         self.counts[rule.name] += 1
         return builder.nodes

@@ -51,6 +51,8 @@ def lower_calls(model: Model, choose: Callable[[str], Lowering | None], change: 
         detach(node)
         for old, new in zip(outputs, made, strict=True):
             _take_place(op.nodes, old, new)
+        if node.name:
+            outputs[0].inputs[0].name = node.name
         for new_node in op.nodes:
             name = f"{new_node.domain}::{new_node.op}" if new_node.domain else new_node.op
             operators[name] = operators.get(name, 0) + 1

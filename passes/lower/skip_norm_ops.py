@@ -124,9 +124,9 @@ def _fold(
         *operands,
         *([bias] if bias is not None else []),
         epsilon=norm.epsilon,
-        _name=node.name,
     )
     made = op.nodes[0]
+    made.name = node.name or made.name
     for old in dead:
         detach(old)
     made.outputs[0] = y
