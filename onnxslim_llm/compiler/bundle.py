@@ -59,8 +59,12 @@ def _name_in_config(path: Path, library: str | None) -> None:
     """Let onnxruntime-genai load the library, which it looks for in the model's folder; None: let it not."""
     if not path.is_file():
         return
-    content = json.loads(path.read_text(encoding="utf-8"))
-    options = content["model"]["decoder"].setdefault("session_options", {})
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        options = content["model"]["decoder"].setdefault("session_options", {})
+        options.get(_GENAI_OPTION)
+    except (ValueError, KeyError, TypeError, AttributeError):  # the source's own, of another form: left as it is
+        return
     if library is not None:
         options[_GENAI_OPTION] = library
     elif options.get(_GENAI_OPTION) == ops.LIBRARY_NAME:  # from a source that needed it

@@ -60,10 +60,10 @@ def test_a_compile_writes_it_and_answers_for_it(tmp_path: Path) -> None:
     compile_model(tmp_path / "source", tmp_path / "out", recipe="safe", verify="off", force=True)
 
 
-def test_a_source_that_genai_cannot_run_keeps_its_own_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", [json.dumps({"model": {"vision": {"filename": "vision.onnx"}}}), "{", "[]", "3"])
+def test_a_source_that_genai_cannot_run_keeps_its_own_file(tmp_path: Path, text: str) -> None:
     (tmp_path / "source").mkdir()
     write(DecoderSpec(), tmp_path / "source" / "model.onnx")
-    text = json.dumps({"model": {"vision": {"filename": "vision.onnx"}}})
     (tmp_path / "source" / "genai_config.json").write_text(text)
     result = compile_model(tmp_path / "source", tmp_path / "out", recipe="safe", verify="off")
     assert (tmp_path / "out" / "genai_config.json").read_text() == text
