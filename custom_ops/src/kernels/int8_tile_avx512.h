@@ -7,9 +7,9 @@ namespace osl {
 namespace OSL_ISA {
 
 // How far ahead of the reads a strip is fetched, into the second-level and the first-level cache. Hardware prefetching
-// alone stops at every page (measured on Sapphire Rapids: three and eight chunks of block 32).
-constexpr int32_t kFetchNear = 3 * 576;
-constexpr int32_t kFetchFar = 8 * 576;
+// alone stops at every page (measured on Sapphire Rapids: one and five chunks of block 32).
+constexpr int32_t kFetchNear = 1 * 576;
+constexpr int32_t kFetchFar = 5 * 576;
 
 // Codes of 32 rows, 4 rows in each vector: w[j] holds rows 4 j.
 template <bool kFourBits>
