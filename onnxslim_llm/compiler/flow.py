@@ -22,7 +22,7 @@ from onnxslim_llm.compiler.calibration import SELF, Calibrator
 from onnxslim_llm.compiler.client_files import write_client_files
 from onnxslim_llm.compiler.defaults import default_output, default_recipe, rounds_activations
 from onnxslim_llm.compiler.fusion import FusionCensus
-from onnxslim_llm.compiler.lowering import KvCache, check_opset, lowering_passes
+from onnxslim_llm.compiler.lowering import KvCache, check_opset, intake_passes, lowering_passes
 from onnxslim_llm.compiler.nonfinite import NonFinite, nonfinite_weights
 from onnxslim_llm.compiler.progress import Progress, Silent
 from onnxslim_llm.compiler.verification import Judge, may_roll_back
@@ -150,7 +150,7 @@ def compile(  # noqa: A001
         calibrator = Calibrator(path, given, staging.directory / STATISTICS_NAME, account.threads, progress)
         text = None if str(given) == SELF else given
         judge = Judge(path, goal, chosen, verify, text, account.threads, progress, calibrator)
-        passes = [*chosen.build(), *lowering_passes(goal, kv_cache, opset)]
+        passes = [*intake_passes(goal), *chosen.build(), *lowering_passes(goal, kv_cache, opset)]
         job = _Job(passes, goal, staging, account, progress, judge, calibrator, memory_limit)
         verified = job.run(model)
         if kv_cache == "int8" and verified is not None and verified.kl_mean is not None:

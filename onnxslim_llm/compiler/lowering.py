@@ -13,11 +13,19 @@ from onnxslim_llm.rewrite.pipeline import Pipeline
 from onnxslim_llm.rewrite.registry import make_pass
 from onnxslim_llm.targets import Target
 
-__all__ = ["KvCache", "check_opset", "lowering_passes"]
+__all__ = ["KvCache", "check_opset", "intake_passes", "lowering_passes"]
 
 KvCache = Literal["separate", "shared", "int8"]
 _CONTRIB_DOMAIN = "com.microsoft"
 _OPSET = "opset"
+
+
+def intake_passes(target: Target) -> list[Pass]:
+    """Return what runs before the recipe: few-bit weights become concepts, so that fusions see types through them.
+
+    The target's lowering begins with the same pass, for weights that the recipe's cleanup brings to light.
+    """
+    return [step for step in Pipeline(target.lowering).passes[:1] if step.name == "raise_block_weights"]
 
 
 def lowering_passes(target: Target, kv_cache: KvCache, opset: int | None) -> list[Pass]:
