@@ -27,7 +27,8 @@ double now() {
       .count();
 }
 
-// Threads that spin for work, as an inference runtime's do.
+// Threads that spin for work, as an inference runtime's do, and sleep when
+// there is none for a while.
 class Pool {
 public:
   explicit Pool(int threads) : threads_(threads) {
