@@ -142,6 +142,8 @@ class SymbolicValues:
 
     @staticmethod
     def _infer(view: NodeView) -> tuple[list[Any], list[Any]]:
+        if view.node.op == "BlockMatMul":  # a concept: a product with codes [K, N]
+            return SHAPE_RULES["MatMul"](view), []
         if view.node.domain not in (None, "", "ai.onnx"):
             return [], []
         shape_rule, value_rule = SHAPE_RULES.get(view.node.op), VALUE_RULES.get(view.node.op)

@@ -15,6 +15,7 @@ from onnxslim_llm.custom_ops.packed import PackedScheme
 from onnxslim_llm.custom_ops.quantize import BlockSpec, quantize_tile
 from onnxslim_llm.ir.model import Model, from_proto, open_model
 from onnxslim_llm.ir.save import SaveOptions, save_model
+from onnxslim_llm.ir.shapes import SymbolicValues
 from onnxslim_llm.passes.lower.raise_block_weights import RaiseBlockWeights
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.pipeline import Pipeline
@@ -199,3 +200,12 @@ def test_attributes_that_contradict_the_weight() -> None:
     )
     change = RaiseBlockWeights().apply(graph([node], {"B": weight}), Context())
     assert skipped(change) == {"fc": "N = 31, but its weight says 32"}
+
+
+def test_shapes_are_known_through_products_that_came_in() -> None:
+    """Fusions need them: a norm takes the residual addition in only if both summands have one shape."""
+    model = graph([nbits_node(["x", "codes", "scales"])], stored(), shape=("batch", "tokens", 70))
+    RaiseBlockWeights().apply(model, Context())
+    shape = SymbolicValues(model).shape_of(model.graph.outputs[0])
+    assert shape is not None
+    assert [str(dim) for dim in shape] == ["batch", "tokens", "32"]
