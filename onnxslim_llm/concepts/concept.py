@@ -115,7 +115,8 @@ def calls(model: Model, *concepts: Concept) -> Iterator[tuple[gs.Graph, gs.Node]
 def inline_call(model: Model, node: gs.Node) -> list[gs.Node]:
     """Return the body of the function that `node` calls, connected to the node's tensors; `node` is detached.
 
-    Inputs that are left out are left out in the body, and its nodes get names after `node`.
+    Inputs that are left out are left out in the body. Its nodes are named after the call's first result, which is there
+    before and after: a model that is compiled again gets the same names again.
 
     Raises:
         CompilerBug: The model has no such function.
@@ -123,7 +124,7 @@ def inline_call(model: Model, node: gs.Node) -> list[gs.Node]:
     function = next((f for f in model.functions if f.domain == node.domain and f.name == node.op), None)
     if function is None:
         raise CompilerBug(f"there is no function {node.domain}::{node.op}", where=node.name)
-    inputs, outputs, attributes, hint = list(node.inputs), list(node.outputs), dict(node.attrs), node.name
+    inputs, outputs, attributes = list(node.inputs), list(node.outputs), dict(node.attrs)
     tensors: dict[int, gs.Tensor] = {}
     for formal, actual in zip(function.inputs, [*inputs, *[gs.Variable.empty()] * len(function.inputs)], strict=False):
         tensors[id(formal)] = actual
@@ -131,16 +132,18 @@ def inline_call(model: Model, node: gs.Node) -> list[gs.Node]:
         tensors[id(formal)] = actual
     detach(node)
     body = []
+    free = node.name  # the call's own name is free from now on
     for inner in function.nodes:
-        name = model.fresh_name(f"{hint}/{inner.op}")
+        name = f"{outputs[0].name}/{inner.op}"
+        name, free = (name, "") if name == free else (model.fresh_name(name), free)
         made = [_tensor(model, t, tensors, f"{name}_output_{i}") for i, t in enumerate(inner.outputs)]
         read = [_tensor(model, t, tensors, name) for t in inner.inputs]
         while read and read[-1].is_empty():
             read.pop()
         body.append(gs.Node(inner.op, name, _resolve(inner.attrs, attributes), read, made, inner.domain))
     for inner in body:
-        if hint and any(tensor is outputs[0] for tensor in inner.outputs):
-            inner.name = hint  # what makes the result keeps the name
+        if free and any(tensor is outputs[0] for tensor in inner.outputs):
+            inner.name = free  # what makes the result keeps the name
     return body
 
 

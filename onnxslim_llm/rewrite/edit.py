@@ -108,15 +108,18 @@ def replace_output(old: gs.Variable, new: gs.Tensor, fresh: Iterable[gs.Node], g
                 old.shape = old.shape if old.shape is not None else tensor.shape
                 node.outputs[i] = old
                 return True
-    if id(old) not in graph_outputs:
+    movable = isinstance(new, gs.Variable) and len(new.inputs) == 1 and id(new) not in graph_outputs
+    movable = movable and _same_graph(new.inputs[0], old.inputs[0])
+    # The later name stays where nobody else knows the earlier one: a result that went through steps without effect is
+    # still that result, so that compiling again finds the names that it left.
+    passed_on = movable and all(user is old.inputs[0] for user in new.outputs)
+    if id(old) not in graph_outputs and not passed_on:
         _drop_output(old)
         redirect(old, new)
         return True
-    if not isinstance(new, gs.Variable) or len(new.inputs) != 1 or id(new) in graph_outputs:
+    if not movable:
         return False
     producer = new.inputs[0]
-    if not _same_graph(producer, old.inputs[0]):
-        return False
     _drop_output(old)
     redirect(new, old)
     producer.outputs[_index(producer.outputs, new)] = old
