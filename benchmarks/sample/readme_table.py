@@ -24,7 +24,15 @@ ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "models" / "stdlib-llama"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 #: (recipe, target); the first line of the table is the source itself.
-ARTIFACTS = (("safe", "portable"), ("int8", "portable"), ("int4", "portable"), ("int4", "ort-cpu"))
+ARTIFACTS = (
+    ("safe", "portable"),
+    ("safe", "ort-cpu"),
+    ("int8", "portable"),
+    ("int4", "portable"),
+    ("int4", "ort-cpu"),
+    ("int4", "ort-cpu-ops"),
+    ("int4-calibrated", "ort-cpu-ops"),
+)
 FEATURES = ("avx2", "avx512_vnni", "amx_int8")
 
 
@@ -43,7 +51,9 @@ def measure(tokens: int, repeats: int) -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = [{"name": "source, float32"}]
         for recipe, target in ARTIFACTS:
             folder = Path(scratch) / f"{recipe}-{target}"
-            manifest = command("compile", str(SAMPLE), "-o", str(folder), "--recipe", recipe, "--target", target)
+            data = ("--calib", str(SAMPLE / "calib.txt")) if recipe == "int4-calibrated" else ()
+            where = ("-o", str(folder), "--recipe", recipe, "--target", target)
+            manifest = command("compile", str(SAMPLE), *where, *data)
             files = {f["path"]: f["bytes"] for f in manifest["artifact"]["files"]}
             record = {"name": f"`{recipe}`, {target}", "bytes": sum(files.values())}
             record["once"] = manifest["source"]["weight_bytes"] - manifest["source"]["bytes_by_role"].get("lm_head", 0)
