@@ -28,7 +28,9 @@ def cases() -> Iterator[TestCase]:
         outputs = {output.name for output in case.model.graph.output}
         types = {value.type.tensor_type.elem_type for value in case.model.graph.input}
         plain = "qk_matmul_output" not in outputs and onnx.TensorProto.BFLOAT16 not in types
-        if plain and any(node.op_type == "Softmax" for node in case.model.graph.node):
+        # onnx keeps what it collected: cases of other operators come along if another test asked for them.
+        ours = case.name.startswith("test_attention_")
+        if ours and plain and any(node.op_type == "Softmax" for node in case.model.graph.node):
             yield case
 
 
