@@ -83,7 +83,7 @@ def table(records: list[dict[str, Any]], tokens: int) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in records:
-        kl = f"{r['kld_mean']:.2g}" if "kld_mean" in r else ""
+        kl = "" if "kld_mean" not in r else "< 1e-9" if r["kld_mean"] < 1e-9 else f"{r['kld_mean']:.2g}"
         top = f"{100 * r['top1_agreement']:.1f} %" if "top1_agreement" in r else ""
         ratio = f" ({r['ppl_ratio']:.3f}x)" if "ppl_ratio" in r else ""
         speed = [f"{r[key] / source[key]:.2f}x" for key in ("decode_tokens_per_second", "prefill_tokens_per_second")]
