@@ -148,7 +148,7 @@ def compile(  # noqa: A001
         account.notes += staging.notes
         given = Path(calib) if calib else None
         calibrator = Calibrator(path, given, staging.directory / STATISTICS_NAME, account.threads, progress)
-        text = None if str(given) == SELF else given
+        text = given if given and str(given) != SELF and given.suffix != ".jsonl" else None
         judge = Judge(path, goal, chosen, verify, text, account.threads, progress, calibrator)
         passes = [*intake_passes(goal), *chosen.build(), *lowering_passes(goal, kv_cache, opset)]
         job = _Job(passes, goal, staging, account, progress, judge, calibrator, memory_limit)
