@@ -13,7 +13,7 @@ PORTABLE = Target(
         "which ONNX Runtime fuses with their products into int4 and int8 kernels when it loads the model."
     ),
     package="onnxruntime",
-    lowering="raise_block_weights, lower_standard_ops, cleanup, lower_portable, deduplicate_initializers",
+    lowering="raise_block_weights, lower_standard_ops, lower_portable, deduplicate_initializers",
     domains=("",),
     min_opset=1,
     weight_bits=(2, 4, 8),

@@ -17,6 +17,7 @@ from onnxslim_llm.passes.lower.norm_ops import rms_normalization
 from onnxslim_llm.passes.lower.rotary_ops import rotary_embedding
 from onnxslim_llm.passes.lower.shared_expand import SharedExpand
 from onnxslim_llm.rewrite.passes import Change, Pass
+from onnxslim_llm.rewrite.registry import make_pass
 
 if TYPE_CHECKING:
     from onnxslim_llm.ir.model import Model
@@ -30,7 +31,7 @@ class LowerStandardOps(Pass):
     """Turn fused norms, activations, rotary embeddings and attention into what ai.onnx has for them.
 
     With opset 23: RMSNormalization, RotaryEmbedding and Attention; with opset 20: Gelu. What the model's opset has no
-    operator for becomes primitive operators, for which cleanup should run afterwards.
+    operator for becomes primitive operators. Cleanup follows where anything was replaced.
 
     Before:
         n = onnxslim_llm.RMSNorm <epsilon = 1e-6> (x, weight)
@@ -71,4 +72,8 @@ class LowerStandardOps(Pass):
             **dict.fromkeys((concept.name for concept in ROTARY.values()), rotary),
         }
         lower_calls(model, table.get, change)
+        if change:
+            model.refresh_names()
+            tidied = make_pass("cleanup", {}).apply(model, context)
+            change.detail["cleanup"] = tidied.detail["sites"]
         return change
