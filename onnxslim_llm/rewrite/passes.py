@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from onnxslim_llm.rewrite.stage import Stage
+
 if TYPE_CHECKING:
     from onnxslim_llm.ir.model import Model
     from onnxslim_llm.rewrite.context import Context
@@ -65,11 +67,13 @@ class Pass(ABC):
         name: verb_object, unique among all passes.
         group: The folder under passes/ that it lives in.
         lossless: True if the results stay numerically equal (up to float rounding of reordered operations).
+        stage: Where it stands among the passes that change weights; None for passes that may stand anywhere.
     """
 
     name: ClassVar[str]
     group: ClassVar[str]
     lossless: ClassVar[bool] = True
+    stage: ClassVar[Stage | None] = None
 
     def requires(self, model: Model, context: Context) -> None:  # noqa: B027 (an empty precondition is the default)
         """Check what must hold before.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from onnxslim_llm.errors import CompilerBug, ModelError, SlimError
 from onnxslim_llm.ir.proto.check import check_model
 from onnxslim_llm.rewrite.context import Context
+from onnxslim_llm.rewrite.order import check_order
 from onnxslim_llm.rewrite.passes import Change, Pass, Skip
 from onnxslim_llm.rewrite.registry import make_pass
 from onnxslim_llm.rewrite.syntax import format_pipeline, parse_pipeline
@@ -102,8 +103,9 @@ class Pipeline:
             One record a pass, in order.
 
         Raises:
-            SlimError: A pass refused to run, or failed (`CompilerBug` with the pass's name).
+            SlimError: The order makes no sense, a pass refused to run, or failed (`CompilerBug` with its name).
         """
+        check_order(self.passes)
         context = context or Context()
         records = []
         for index, step in enumerate(self.passes):
@@ -119,7 +121,7 @@ class Pipeline:
 def _run_pass(step: Pass, model: Model, context: Context, gate: Gate | None) -> PassRecord:
     record = PassRecord(step.name, step.options())
     model.refresh_names()
-    before = model.copy() if gate is not None else None
+    before, statistics = (model.copy() if gate is not None else None), context.statistics
     nodes, size = _node_count(model), model.weight_bytes()
     start = time.perf_counter()
     try:
@@ -142,6 +144,7 @@ def _run_pass(step: Pass, model: Model, context: Context, gate: Gate | None) -> 
         record.rolled_back = gate(step, before, model)
         if record.rolled_back:
             model.graph, model.skeleton = before.graph, before.skeleton
+            context.statistics = statistics
             model.refresh_names()
     record.nodes = (nodes, _node_count(model))
     record.bytes = (size, model.weight_bytes())

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from onnxslim_llm.stats.moments import Moments
 from onnxslim_llm.stats.taps import Tap
+from onnxslim_llm.stats.transforms import Transform
 
 __all__ = ["Collected", "Statistics", "StoredMoments"]
 
@@ -40,12 +42,22 @@ class StoredMoments:
         digest: Identifies its content: model, data and tensor.
         count: T, the rows that it was fitted to.
         size: K.
+        transforms: What passes have done to the tensor since, in order.
     """
 
     file: Path
     digest: str
     count: int
     size: int
+    transforms: tuple[Transform, ...] = ()
+
+    def transformed(self, *transforms: Transform) -> StoredMoments:
+        """Return the moments of the tensor after more changes."""
+        if not transforms:
+            return self
+        text = " ".join([self.digest, *(step.digest for step in transforms)])
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return replace(self, digest=digest, size=transforms[-1].size, transforms=(*self.transforms, *transforms))
 
     def load(self) -> Collected:
         """Read the file: some 4 K^2 bytes twice, 8 K^2 in memory each."""
@@ -54,8 +66,13 @@ class StoredMoments:
             for name in stored.files:
                 part, _, field_name = name.partition("_")
                 parts[part][field_name] = stored[name]
-        fit = Moments.from_arrays(parts["fit"])
-        return Collected(fit, Moments.from_arrays(parts["held"]) if parts["held"] else fit)
+        fit = self._transform(Moments.from_arrays(parts["fit"]))
+        return Collected(fit, self._transform(Moments.from_arrays(parts["held"])) if parts["held"] else fit)
+
+    def _transform(self, moments: Moments) -> Moments:
+        for step in self.transforms:
+            moments = step.apply(moments)
+        return moments
 
 
 @dataclass
@@ -65,10 +82,12 @@ class Statistics:
     Attributes:
         folder: Where they are stored.
         key: What they are statistics of: model, data and version.
+        changes: What passes have done since: by weight, the weight whose input its own was, and how it differs.
     """
 
     folder: Path
     key: str
+    changes: Mapping[str, tuple[str, tuple[Transform, ...]]] = field(default_factory=dict, repr=False)
     _taps: dict[str, tuple[Tap, int]] = field(default_factory=dict, repr=False)  # with the rows seen
 
     def put(self, tap: Tap, fit: Moments, held: Moments) -> None:
@@ -123,6 +142,26 @@ class Statistics:
 
         A weight that is used twice has the moments of its first use.
         """
+        if weight in self.changes:
+            origin, transforms = self.changes[weight]
+            stored = self._collected(origin)
+            return None if stored is None else stored.transformed(*transforms)
+        return self._collected(weight)
+
+    def changed(self, weight: str, *transforms: Transform, origin: str | None = None) -> Statistics:
+        """Return the statistics after a pass has changed what a weight is multiplied with; nothing is computed.
+
+        A pass puts the result into `Context.statistics`, and all passes after it see the changed input.
+
+        Args:
+            weight: Name of the initializer, which may be new.
+            transforms: What was done to the input, in order.
+            origin: The weight whose input, as it is now, was changed; default: `weight` itself.
+        """
+        root, before = self.changes.get(origin or weight, (origin or weight, ()))
+        return replace(self, changes={**self.changes, weight: (root, (*before, *transforms))})
+
+    def _collected(self, weight: str) -> StoredMoments | None:
         for tap in self.taps:
             if weight in tap.weights:
                 return self.of_tensor(tap.tensor)

@@ -28,6 +28,7 @@ from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.edit import Builder, detach, remove_dead
 from onnxslim_llm.rewrite.engine import graph_output_ids
 from onnxslim_llm.rewrite.passes import Change, Pass
+from onnxslim_llm.rewrite.stage import Stage
 
 if TYPE_CHECKING:
     from onnxslim_llm.stats.statistics import Statistics
@@ -92,6 +93,7 @@ class QuantizeWeights(Pass):
     name: ClassVar[str] = "quantize_weights"
     group: ClassVar[str] = "quantize"
     lossless: ClassVar[bool] = False
+    stage: ClassVar[Stage] = Stage.QUANTIZE
 
     bits: int = 4
     block: int = 32
