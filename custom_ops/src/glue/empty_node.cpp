@@ -3,6 +3,7 @@
 //   Y = EmptyNode <parallel = 0 | 1> (X), of X's shape; with `parallel`, the session's threads are woken up, too.
 #include <new>
 
+#include "glue/inference.h"
 #include "glue/operator.h"
 
 namespace osl::ort {
@@ -40,9 +41,9 @@ OrtStatus* compute(void* state, OrtKernelContext* context) {
 }
 
 OrtStatus* infer_shapes(const OrtApi* api, OrtShapeInferContext* context) {
-    OrtTensorTypeAndShapeInfo* info = nullptr;  // the context's own
-    OSL_RETURN_IF_FAILED(ShapeContextGetInput::call(api, context, 0, &info));
-    return ShapeContextSetOutput::call(api, context, 0, info);
+    SymbolicShape x;
+    OSL_RETURN_IF_FAILED(infer_input(api, context, 0, &x));
+    return x.known ? infer_output(api, context, x.type, x) : nullptr;
 }
 
 }  // namespace

@@ -1,6 +1,25 @@
 #include "glue/inference.h"
 
+#include <atomic>
+
+#include "glue/operator.h"
+
 namespace osl::ort {
+namespace {
+
+// A size that is not known and has no name must get one: the runtime takes it for a size of -1 otherwise, and folds
+// that into Shape. Equal names mean equal sizes, so that every one is new.
+struct FreshName {
+    char text[40];
+
+    const char* make() {
+        static std::atomic<uint64_t> count{0};
+        snprintf(text, sizeof(text), "%s.size_%llu", kDomain, (unsigned long long)count.fetch_add(1));
+        return text;
+    }
+};
+
+}  // namespace
 
 OrtStatus* infer_input(const OrtApi* api, const OrtShapeInferContext* context, size_t index, SymbolicShape* shape) {
     OrtTensorTypeAndShapeInfo* info = nullptr;  // the context's own
@@ -22,7 +41,11 @@ OrtStatus* infer_output(const OrtApi* api, OrtShapeInferContext* context, int32_
     OSL_RETURN_IF_FAILED(CreateTensorTypeAndShapeInfo::call(api, &info));
     const size_t rank = shape.shape.rank;
     const char* names[kMaxRank];
-    for (size_t i = 0; i < rank; i++) names[i] = shape.names[i];
+    FreshName fresh[kMaxRank];
+    for (size_t i = 0; i < rank; i++) {
+        const bool nameless = shape.names[i][0] == 0;
+        names[i] = shape.shape.dims[i] < 0 && nameless ? fresh[i].make() : shape.names[i];
+    }
     OrtStatus* status = SetTensorElementType::call(api, info, element_type);
     if (status == nullptr) status = SetDimensions::call(api, info, shape.shape.dims, rank);
     if (status == nullptr) status = SetSymbolicDimensions::call(api, info, names, rank);
