@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "ir": {"errors"},
     "rewrite": {"errors", "ir", "stats", "targets"},  # stats, targets: the types of what a Context holds
     "concepts": {"errors", "ir", "rewrite"},
+    "products": {"errors", "ir", "rewrite", "concepts"},
     "stats": {"errors", "ir", "runtime"},
     "targets": {"errors", "ir", "rewrite", "concepts", "runtime", "custom_ops"},  # they open artifacts
     "runtime": {"errors", "ir", "custom_ops"},  # artifacts may need our operators
@@ -26,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "artifact": {"errors", "ir"},
     "report": {"errors", "ir", "artifact"},
     "custom_ops": set(),
-    "passes": {"errors", "ir", "rewrite", "concepts", "stats", "targets", "custom_ops"},
+    "passes": {"errors", "ir", "rewrite", "concepts", "products", "stats", "targets", "custom_ops"},
     "recipe": {"errors", "rewrite", "targets"},
     "compiler": {
         *("artifact", "errors", "ir", "passes", "recipe", "report", "rewrite", "runtime", "stats", "targets", "verify"),

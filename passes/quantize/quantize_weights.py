@@ -19,11 +19,11 @@ from onnxslim_llm.ir.opset import convert_opset
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.weights import Weight, constant
 from onnxslim_llm.ir.weights.jobs import derive
-from onnxslim_llm.passes.quantize.attention import SENSITIVE, Sensitive
 from onnxslim_llm.passes.quantize.calibrated_job import CalibratedJob
 from onnxslim_llm.passes.quantize.job import QuantizeJob
 from onnxslim_llm.passes.quantize.settings import ScaleType, Settings, check_scheme, check_scopes, compile_patterns
-from onnxslim_llm.passes.quantize.sites import Site, WeightGroup, find_groups
+from onnxslim_llm.products.attention import SENSITIVE, Sensitive
+from onnxslim_llm.products.sites import Site, WeightGroup, find_groups
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.edit import Builder, detach, remove_dead
 from onnxslim_llm.rewrite.engine import graph_output_ids

@@ -13,8 +13,8 @@ from onnxslim_llm.ir.roles import constant_roles
 from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.ir.weights.sparse import SparseWeight
 from onnxslim_llm.ir.weights.weight import Weight
-from onnxslim_llm.passes.quantize.attention import AttentionFlow, Sensitive
-from onnxslim_llm.passes.quantize.reads import WeightRead, gather_reason, k_axis_of, product_reason, read_weight
+from onnxslim_llm.products.attention import AttentionFlow, Sensitive
+from onnxslim_llm.products.reads import WeightRead, gather_reason, k_axis_of, product_reason, read_weight
 from onnxslim_llm.rewrite.schema import normal_domain
 
 if TYPE_CHECKING:
