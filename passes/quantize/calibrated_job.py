@@ -17,8 +17,9 @@ from onnxslim_llm.custom_ops.packing import pack, unpack
 from onnxslim_llm.custom_ops.quantize import Layout, TileBuffers, quantize_tile
 from onnxslim_llm.ir.weights.jobs import Tile, TileOutput
 from onnxslim_llm.ir.weights.weight import Weight
-from onnxslim_llm.passes.quantize.compensate import Coded, Grid, compensate, inverse_factor, output_error
+from onnxslim_llm.passes.quantize.compensate import Coded, Grid, compensate
 from onnxslim_llm.passes.quantize.job import QuantizeJob
+from onnxslim_llm.stats.curvature import inverse_factor, output_error
 from onnxslim_llm.stats.statistics import StoredMoments
 
 __all__ = ["CalibratedJob"]
