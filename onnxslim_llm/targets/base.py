@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from onnxslim_llm.custom_ops import ops
 from onnxslim_llm.errors import ResourceError, UsageError
 from onnxslim_llm.targets.lint import Violation, lint_model
+from onnxslim_llm.targets.qdq_rules import QdqRules
 
 if TYPE_CHECKING:
     from onnxslim_llm.ir.model import Model
@@ -33,6 +34,7 @@ class Target:
         weight_bits: Widths of quantized weights that artifacts can store.
         needs_operators: Artifacts need the project's own operator library.
         session_config: Session options that an artifact is opened with, and that deployments should use.
+        qdq: What the target computes on integers; None where activations always stay float.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Target:
     weight_bits: tuple[int, ...] = ()
     needs_operators: bool = False
     session_config: Mapping[str, str] = field(default_factory=dict)
+    qdq: QdqRules | None = None
 
     def installed(self) -> tuple[bool, str]:
         """Return whether artifacts can be run here, and the runtime's version or what is missing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from onnxslim_llm.targets.base import Target
+from onnxslim_llm.targets.qdq_tables import PRODUCT_RULES
 
 __all__ = ["ORT_CPU"]
 
@@ -20,4 +21,5 @@ ORT_CPU = Target(
     domains=("", "com.microsoft"),
     min_opset=1,
     weight_bits=(2, 4, 8),
+    qdq=PRODUCT_RULES,
 )

@@ -27,4 +27,5 @@ ORT_CPU_OPS = Target(
     min_opset=1,
     weight_bits=(2, 3, 4, 8),
     needs_operators=True,
+    qdq=ORT_CPU.qdq,
 )
