@@ -30,7 +30,11 @@ _NEEDED = (
     "rich",
     "click",
 )
-_EXTRAS = {"tokenizers": "text for eval and generate", "torch": "training and exporting the sample model"}
+_EXTRAS = {
+    "tokenizers": "text for eval and generate",
+    "torch": "training and exporting the sample model",
+    "llama-cpp-python": "eval of GGUF models",
+}
 _ENOUGH_DISK = 1 << 30
 _EXIT_MISSING = 5
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from onnxslim_llm.errors import GateError, ModelError, ResourceError, SlimError, UsageError
 
-__all__ = ["BenchReport", "BenchResult", "bench"]
+__all__ = ["BenchReport", "BenchResult", "bench", "stored_bytes"]
 
 Progress = Callable[[int, int], None]
 
@@ -210,7 +210,7 @@ def _result(model: Path, plan: _Plan, samples: dict[str, list[float]], peak: int
     prefill, decode = medians.get("prefill"), medians.get("decode")
     return BenchResult(
         model=str(model),
-        file_bytes=_stored_bytes(model),
+        file_bytes=stored_bytes(model),
         load_seconds=medians["load"],
         prefill_tokens_per_second=plan.prompt / prefill if prefill else None,
         decode_tokens_per_second=plan.new / decode if decode else None,
@@ -220,7 +220,7 @@ def _result(model: Path, plan: _Plan, samples: dict[str, list[float]], peak: int
     )
 
 
-def _stored_bytes(model: Path) -> int:
+def stored_bytes(model: Path) -> int:
     """Size of the model file and of the external files that it names."""
     import onnx
 

@@ -60,6 +60,11 @@ class DecoderRunner:
         self._vocab = self.signature.vocab
 
     @property
+    def where(self) -> str:
+        """File or label of the model, for messages."""
+        return self.session.where
+
+    @property
     def vocab(self) -> int:
         """Vocabulary size; asked from the model by running one token if the graph does not say it."""
         if self._vocab is None:

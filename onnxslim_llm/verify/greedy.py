@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from onnxslim_llm.errors import ModelError
-from onnxslim_llm.runtime.decoder import DecoderRunner
 from onnxslim_llm.runtime.session import Array
+from onnxslim_llm.verify.predictor import Predictor
 
 __all__ = ["GreedyMatch", "greedy_match"]
 
@@ -37,8 +38,8 @@ class GreedyMatch:
 
 
 def greedy_match(
-    source: DecoderRunner,
-    artifact: DecoderRunner,
+    source: Predictor,
+    artifact: Predictor,
     prompts: Array,
     tokens: int,
     *,
@@ -70,8 +71,8 @@ def greedy_match(
 
 
 def _group(
-    source: DecoderRunner,
-    artifact: DecoderRunner,
+    source: Predictor,
+    artifact: Predictor,
     fed: Array,
     tokens: int,
     tie_margin: float,
@@ -81,7 +82,8 @@ def _group(
     """As `greedy_match` for one batch, of which the first `real` rows count."""
     first: list[int | None] = [None] * real
     ties, rows = 0, np.arange(real)
-    mine, theirs = None, None
+    mine: Any = None
+    theirs: Any = None
     for step in range(tokens):
         logits, mine = source.prefill(fed, mine)
         others, theirs = artifact.prefill(fed, theirs)

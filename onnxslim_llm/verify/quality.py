@@ -19,14 +19,16 @@ import numpy as np
 
 from onnxslim_llm.errors import ModelError, UsageError
 from onnxslim_llm.runtime.decoder import DecoderRunner
+from onnxslim_llm.runtime.gguf import GGUF_SUFFIX, GgufDecoder
 from onnxslim_llm.runtime.session import Array, Session, open_session
 from onnxslim_llm.runtime.sidefiles import SideFiles
 from onnxslim_llm.verify.compare import Progress
 from onnxslim_llm.verify.figures import kl_divergence, log_softmax
 from onnxslim_llm.verify.greedy import GreedyMatch, greedy_match
+from onnxslim_llm.verify.predictor import Predictor
 from onnxslim_llm.verify.text import Encoder, read_tokens
 
-__all__ = ["Difference", "Quality", "evaluate"]
+__all__ = ["Difference", "Quality", "evaluate", "evaluate_tokens"]
 
 _LOGIT_BYTES = 32 << 20  # logits of one model held at a time
 _GREEDY_PROMPTS, _GREEDY_PROMPT, _GREEDY_TOKENS = 16, 32, 64
@@ -63,7 +65,7 @@ class Quality:
         token_sha256: of all tokens as little-endian int32: equal hashes mean comparable figures.
         window, stride: tokens of a window, and between the starts of two.
         ppl: exp(mean negative log likelihood).
-        bits_per_byte: of the text in UTF-8, so it compares across tokenizers.
+        bits_per_byte: of the text in UTF-8, so it compares across tokenizers; None if only tokens were given.
         difference: next to the source, if there is one.
     """
 
@@ -73,7 +75,7 @@ class Quality:
     window: int
     stride: int
     ppl: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     seconds: float
     difference: Difference | None = None
 
@@ -121,7 +123,7 @@ def evaluate(
     """Measure `model` on a text file, and its difference from `versus` on the same tokens.
 
     Args:
-        model: decoder, as a file or an open session.
+        model: decoder, as a file (.onnx or .gguf) or an open session.
         text: UTF-8 file.
         tokenizer: that the model was trained with.
         versus: the source that `model` was made from.
@@ -129,27 +131,45 @@ def evaluate(
         stride: tokens between the starts of two windows, half a window by default; only tokens that no earlier window
             predicted are counted, so a smaller stride gives every token more context.
         max_tokens: stop after this many tokens of the text.
-        threads: of ONNX Runtime; 0 leaves it to ONNX Runtime.
+        threads: of the runtime; 0 leaves it to the runtime.
         progress: called with (done, of how many) tokens.
 
     Raises:
         UsageError: the text has fewer than two tokens, or window and stride make no sense.
         ModelError: a model is no decoder, its vocabulary does not fit, or its logits are not finite.
-        ResourceError: the text cannot be read.
+        ResourceError: the text cannot be read, or llama-cpp-python is needed and not installed.
     """
-    start = time.perf_counter()
-    runner = _runner(model, threads)
-    source = None if versus is None else _runner(versus, threads)
     ids = read_tokens(Path(text), tokenizer, max_tokens)
+    text_bytes = len(tokenizer.decode(ids.tolist()).encode("utf-8"))
+    return evaluate_tokens(
+        model, ids, versus=versus, window=window, stride=stride, threads=threads, progress=progress, size=text_bytes
+    )
+
+
+def evaluate_tokens(
+    model: str | Path | Session,
+    ids: Array,
+    *,
+    versus: str | Path | Session | None = None,
+    window: int = 512,
+    stride: int | None = None,
+    threads: int = 0,
+    progress: Progress | None = None,
+    size: int | None = None,
+) -> Quality:
+    """As `evaluate`, on token ids [n] of a text of `size` bytes."""
+    start = time.perf_counter()
+    runner = _runner(model, threads, window)
+    source = None if versus is None else _runner(versus, threads, window)
     for each in (runner, source):
         if each is not None and int(ids.max()) >= each.vocab:
             raise ModelError(
                 f"the text has the token id {int(ids.max())}, the model's vocabulary has {each.vocab}",
-                where=each.session.where,
+                where=each.where,
                 todo="use the tokenizer that belongs to the model",
             )
     if source is not None and source.vocab != runner.vocab:
-        raise ModelError(f"vocabularies differ: {source.vocab} and {runner.vocab}", where=runner.session.where)
+        raise ModelError(f"vocabularies differ: {source.vocab} and {runner.vocab}", where=runner.where)
     window = min(window, *(_longest(each, window) for each in (runner, source) if each is not None))
     stride = max(1, window // 2) if stride is None else stride
     if window < 2 or not 1 <= stride <= window:
@@ -162,7 +182,6 @@ def evaluate(
     difference = None
     if source is not None:
         difference = sums.difference(_greedy(source, runner, ids))
-    text_bytes = max(1, len(tokenizer.decode(ids.tolist()).encode("utf-8")))
     return Quality(
         tokens=sums.tokens,
         text_tokens=len(ids),
@@ -170,7 +189,7 @@ def evaluate(
         window=window,
         stride=stride,
         ppl=math.exp(sums.nll),
-        bits_per_byte=sums.nll / math.log(2) * len(ids) / text_bytes,
+        bits_per_byte=None if size is None else sums.nll / math.log(2) * len(ids) / max(1, size),
         seconds=time.perf_counter() - start,
         difference=difference,
     )
@@ -216,37 +235,41 @@ def _nll(logits: Array, targets: Array) -> Array:
     return result
 
 
-def _runner(model: str | Path | Session, threads: int) -> DecoderRunner:
+def _runner(model: str | Path | Session, threads: int, window: int) -> Predictor:
+    if not isinstance(model, Session) and Path(model).suffix == GGUF_SUFFIX:
+        return GgufDecoder(model, context=max(window, _GREEDY_PROMPT + _GREEDY_TOKENS), threads=threads)
     runner = DecoderRunner(model if isinstance(model, Session) else open_session(model, threads=threads))
     if runner.signature.last_token_only and not runner.signature.caches:
         raise ModelError(
             "the model gives logits of the last token only and has no cache, so a text would take one run a token",
-            where=runner.session.where,
+            where=runner.where,
         )
     return runner
 
 
-def _longest(runner: DecoderRunner, window: int) -> int:
-    """The largest window up to `window` that the graph and the files beside the model allow."""
-    file = Path(runner.session.where)
+def _longest(runner: Predictor, window: int) -> int:
+    """The largest window up to `window` that the model itself and the files beside it allow."""
+    if isinstance(runner, GgufDecoder):
+        return min(runner.context, window)
+    file = Path(runner.where)
     context = SideFiles.of(file.parent).context_length if file.is_file() else None
     fixed = None if runner.signature.caches else runner.signature.length
     return min(limit for limit in (window, context, fixed) if limit is not None)
 
 
 def _predictions(
-    runner: DecoderRunner, source: DecoderRunner | None, ids: Array, window: int, stride: int
+    runner: Predictor, source: Predictor | None, ids: Array, window: int, stride: int
 ) -> Iterator[tuple[int, Array | None, Array, Array]]:
     """Yield (tokens done, source logits [n, V], targets [n], model logits [n, V]) of the tokens that count."""
     known = 1  # tokens before this one need no prediction; the first one has nothing to be predicted from
     for begin in range(0, len(ids), stride):
         end = min(begin + window, len(ids))
-        states: dict[DecoderRunner, Any] = {}
+        states: dict[Predictor, Any] = {}
         step = _rows(runner, source, end - 1 - begin)
         for at in range(begin, end - 1, step):
             stop = min(at + step, end - 1)
             fresh = max(at, known - 1)  # the logits at position i predict token i + 1
-            parts: dict[DecoderRunner, Array] = {}
+            parts: dict[Predictor, Array] = {}
             for each in (runner, source):
                 if each is not None:
                     logits, states[each] = each.prefill(_batch(each, ids[at:stop]), states.get(each))
@@ -254,18 +277,18 @@ def _predictions(
             if fresh < stop:
                 for each, part in parts.items():
                     if not np.isfinite(part).all():
-                        raise ModelError("the logits are not finite", where=each.session.where)
+                        raise ModelError("the logits are not finite", where=each.where)
                 yield stop + 1, parts[source] if source else None, ids[fresh + 1 : stop + 1], parts[runner]
         known = end
         if end == len(ids):
             return
 
 
-def _batch(runner: DecoderRunner, ids: Array) -> Array:
+def _batch(runner: Predictor, ids: Array) -> Array:
     return np.repeat(ids[None], runner.signature.batch or 1, axis=0)
 
 
-def _rows(runner: DecoderRunner, source: DecoderRunner | None, count: int) -> int:
+def _rows(runner: Predictor, source: Predictor | None, count: int) -> int:
     """Tokens to run at once: all without a cache, one where only the last token has logits, else a bounded number."""
     signatures = [each.signature for each in (runner, source) if each is not None]
     if any(not signature.caches for signature in signatures):
@@ -275,7 +298,7 @@ def _rows(runner: DecoderRunner, source: DecoderRunner | None, count: int) -> in
     return max(1, _LOGIT_BYTES // (4 * runner.vocab))
 
 
-def _greedy(source: DecoderRunner, runner: DecoderRunner, ids: Array) -> GreedyMatch | None:
+def _greedy(source: Predictor, runner: Predictor, ids: Array) -> GreedyMatch | None:
     count = min(_GREEDY_PROMPTS, len(ids) // _GREEDY_PROMPT)
     fixed = [each.signature.length for each in (source, runner) if each.signature.length]
     if not count or any(length < _GREEDY_PROMPT + _GREEDY_TOKENS for length in fixed):
