@@ -38,7 +38,9 @@ from onnxslim_llm.passes.lower.lower_ort_cpu_ops import LowerOrtCpuOps
 from onnxslim_llm.passes.lower.lower_portable import LowerPortable
 from onnxslim_llm.passes.lower.lower_standard_ops import LowerStandardOps
 from onnxslim_llm.passes.lower.raise_block_weights import RaiseBlockWeights
+from onnxslim_llm.passes.prune.prune_weights import PruneWeights
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
+from onnxslim_llm.passes.quantize.scale_channels import ScaleChannels
 from onnxslim_llm.rewrite.passes import Pass
 
 __all__ = ["PASSES"]
@@ -67,6 +69,8 @@ PASSES: tuple[type[Pass], ...] = (
     AddKvCache,
     KeepLastLogits,
     FoldEmbeddingScale,
+    ScaleChannels,
+    PruneWeights,
     QuantizeWeights,
     PackProjections,
     RaiseBlockWeights,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from onnxslim_llm.rewrite.passes import Pass
     from onnxslim_llm.stats.statistics import Statistics
     from onnxslim_llm.targets.base import Target
 
@@ -25,6 +26,7 @@ class Context:
         statistics: Moments of the inputs of products on calibration data; None where none were collected.
         cache_ranges: Largest magnitudes [H, D] of what the KV caches hold on sample tokens, by the name of the present
             output; None where they were not measured.
+        following: The passes that come after this one: what is prepared for a quantizer depends on its options.
         notes: One-line remarks for the user; passes append to it.
     """
 
@@ -32,4 +34,5 @@ class Context:
     seed: int = 0
     statistics: Statistics | None = None
     cache_ranges: Mapping[str, NDArray[Any]] | None = None
+    following: Sequence[Pass] = ()
     notes: list[str] = field(default_factory=list)

@@ -111,6 +111,7 @@ class Pipeline:
         for index, step in enumerate(self.passes):
             if observer is not None:
                 observer.pass_started(index, len(self.passes), step)
+            context.following = self.passes[index + 1 :]
             record = _run_pass(step, model, context, gate)
             records.append(record)
             if observer is not None:

@@ -161,6 +161,11 @@ class QuantizeWeights(Pass):
         _Replacement(model, change, context.statistics).replace(chosen)
         return change
 
+    def plan(self, model: Model) -> dict[str, WeightScheme]:
+        """Return how weights of the model as it is would be coded, by the initializers' names."""
+        infer_shapes(model)
+        return {group.name: scheme for group, scheme in self._choose(model, Change())}
+
     def _choose(self, model: Model, change: Change) -> list[tuple[WeightGroup, WeightScheme]]:
         exclude = compile_patterns(self.exclude, self.name)
         chosen = []

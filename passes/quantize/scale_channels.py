@@ -1,0 +1,148 @@
+"""Scale the channels that the data are large in, so that few-bit weights are finer there (AWQ)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
+
+from onnxslim_llm.errors import UsageError
+from onnxslim_llm.passes.quantize.channel_scales import Columns, best_candidate, candidates
+from onnxslim_llm.passes.quantize.fold_scales import fold_scales, tied
+from onnxslim_llm.passes.quantize.fold_sites import FoldSite, find_fold_sites
+from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
+from onnxslim_llm.passes.quantize.trial import columns_of, held_error
+from onnxslim_llm.rewrite.passes import Change, Pass
+from onnxslim_llm.rewrite.stage import Stage
+from onnxslim_llm.stats.transforms import Scaled
+
+if TYPE_CHECKING:
+    from onnxslim_llm.concepts.block_weights import WeightScheme
+    from onnxslim_llm.ir.model import Model
+    from onnxslim_llm.rewrite.context import Context
+
+__all__ = ["ScaleChannels"]
+
+#: Columns of each weight that a candidate is tried on: a step of the grid costs less than rounding the whole weight.
+_TRIED = 256
+#: Columns on which the winner has to show, with the quantizer that follows, that it is better than nothing.
+_JUDGED = 1024
+
+
+@dataclass(frozen=True)
+class ScaleChannels(Pass):
+    """Multiply the rows of weights by factors that suit the calibration data, and divide what makes their input (AWQ).
+
+    With factors that grow with the size of a channel, the weights of large channels get finer codes. The division is
+    folded into the weight of the norm before the products, the columns of the product before them (up to down, through
+    the product with the gate), or the columns that make the values of an attention: no node is added. The factors are
+    searched on the samples that codes are fitted to, and are kept only where the quantize_weights that follows makes a
+    smaller error with them on the samples that were held out.
+
+    Before:
+        x = onnxslim_llm.RMSNorm <epsilon> (h, g)
+        y = MatMul (x, W)
+    After:
+        x = onnxslim_llm.RMSNorm <epsilon> (h, g_divided_by_s)
+        y = MatMul (x, s_times_W)
+
+    Skips when:
+        - the error of the quantizer that follows does not fall on samples that were held out;
+        - no quantized product reads the input, or no calibration data reach it;
+        - the input is read by something else than products, too, or is an output of the model;
+        - what makes it is no norm over the last axis, product or fused attention with a weight of its own;
+        - a weight is used elsewhere, too, is an input or output of the model, or no dense float matrix;
+        - `values` is off and the input is the result of an attention.
+
+    Attributes:
+        grid: Steps of the exponent between 0 and 1.
+        values: Scale the values of attentions, too. What a KV cache holds of them is scaled then: caches cannot be
+            exchanged with the source model.
+        min_gain: Share by which the error must fall.
+    """
+
+    name: ClassVar[str] = "scale_channels"
+    group: ClassVar[str] = "quantize"
+    stage: ClassVar[Stage] = Stage.FOLD
+
+    grid: int = 20
+    values: bool = True
+    min_gain: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.grid < 1:
+            raise UsageError(f"grid must be 1 or more, not {self.grid}", where=self.name)
+
+    @property
+    def wants_statistics(self) -> bool:
+        """It works from the moments of the inputs."""
+        return True
+
+    def requires(self, model: Model, context: Context) -> None:
+        """Check that there are data, and a quantizer to prepare for.
+
+        Raises:
+            UsageError: One of them is missing.
+        """
+        if context.statistics is None:
+            todo = "give --calib FILE or --calib self (text sampled from the model)"
+            raise UsageError("channels are scaled by calibration data, and there are none", where=self.name, todo=todo)
+        if _quantizer(context) is None:
+            todo = "put quantize_weights after it: the factors are chosen for its bits and blocks"
+            raise UsageError("no quantize_weights follows", where=self.name, todo=todo)
+
+    def apply(self, model: Model, context: Context) -> Change:
+        """Scale all sites of the top graph where that helps."""
+        change = Change(detail={"inputs": []})
+        quantizer = _quantizer(context)
+        assert quantizer is not None
+        schemes = quantizer.plan(model)
+        for site in find_fold_sites(model, change):
+            reason = self._scale(model, context, site, schemes, change)
+            if reason:
+                change.skip(site.where, reason)
+        return change
+
+    def _scale(
+        self, model: Model, context: Context, site: FoldSite, schemes: dict[str, WeightScheme], change: Change
+    ) -> str:
+        """Scale a site, or return why it stays."""
+        if site.kind == "values" and not self.values:
+            return "it is the result of an attention, and `values` is off"
+        coded = [product for product in site.products if product.name in schemes]
+        if not coded:
+            return "no quantized product reads it"
+        assert context.statistics is not None
+        moments = context.statistics.of_weight(coded[0].name)
+        if moments is None or moments.size != coded[0].rows:
+            return "no calibration data reach it"
+        columns = [Columns(columns_of(p.weight, p.k_axis, _JUDGED), schemes[p.name]) for p in coded]
+        tried = [Columns(part.matrix[:, :: -(-part.matrix.shape[1] // _TRIED)], part.scheme) for part in columns]
+        fit = moments.load().fit
+        choices = candidates(fit.mean_absolute, [part.matrix for part in tried], self.grid, partial(tied, site))
+        best, _, _ = best_candidate(tried, fit, choices)
+        if best is None:
+            return "no factors make the error smaller"
+        scaled = moments.transformed(Scaled(1 / best.factor))
+        rows = best.factor[:, None].astype(columns[0].matrix.dtype)
+        before = sum(held_error(part.matrix, part.scheme, moments) for part in columns)
+        after = sum(held_error(part.matrix * rows, part.scheme, scaled) for part in columns)
+        if not after < before * (1 - self.min_gain):
+            ratio = after / before if before else 1.0
+            return f"on samples that were held out the error becomes {ratio:.3f} times what it is"
+        fold_scales(model, context, site, best.factor)
+        change.sites.append(site.where)
+        change.detail["inputs"].append(
+            {
+                "name": site.where,
+                "made_by": site.kind,
+                "exponent": best.exponent,
+                "by_weight": best.by_weight,
+                "error_ratio": round(after / before, 4),
+            }
+        )
+        return ""
+
+
+def _quantizer(context: Context) -> QuantizeWeights | None:
+    return next((step for step in context.following if isinstance(step, QuantizeWeights)), None)
