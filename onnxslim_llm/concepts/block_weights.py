@@ -11,7 +11,9 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from onnxslim_llm.concepts.concept import Concept
 from onnxslim_llm.ir.weights import weight_of
@@ -113,6 +115,18 @@ class BlockJob(WeightJob):
     def columns_of(self, tile: Tile) -> tuple[int, int]:
         """Return the range of columns that a tile computes where the layout is "nbits": one column after the other."""
         return tile.start, tile.stop
+
+    @property
+    def pieces(self) -> tuple[BlockJob, ...]:
+        """The weights that lie side by side in this one; itself where it is a single one."""
+        return (self,)
+
+    def preview(self, start: int, stop: int) -> NDArray[np.float32] | None:
+        """Return columns [start, stop) of the weight [K, n] before they are coded, to estimate errors from.
+
+        None where that would take as long as the whole work, or where the work is made of several pieces.
+        """
+        return None
 
     @property
     def identity(self) -> Any:

@@ -48,6 +48,11 @@ class PackedBlockJob(BlockJob):
         """Return the same work with its result in another layout."""
         return PackedBlockJob([part.with_layout(layout) for part in self.parts])
 
+    @property
+    def pieces(self) -> tuple[BlockJob, ...]:
+        """Those of all parts."""
+        return tuple(piece for part in self.parts for piece in part.pieces)
+
     def where(self) -> str:
         """Return the names of the weights."""
         return " + ".join(part.where() for part in self.parts)

@@ -7,10 +7,11 @@ from typing import ClassVar, Literal
 
 import onnx_graphsurgeon as gs
 
-from onnxslim_llm.concepts.block_weights import Accuracy
 from onnxslim_llm.concepts.concept import calls, drop_unused_functions, inline_call, replace_nodes
 from onnxslim_llm.errors import CompilerBug, UsageError
 from onnxslim_llm.ir.model import Model
+from onnxslim_llm.passes.lower.accuracy_choice import LevelChoice, check_largest_error
+from onnxslim_llm.passes.lower.activation_rounding import LARGEST_ERROR
 from onnxslim_llm.passes.lower.codes import BlockCall, Constants, take_calls
 from onnxslim_llm.passes.lower.nbits_gather import gather_nbits
 from onnxslim_llm.rewrite.context import Context
@@ -22,8 +23,6 @@ __all__ = ["LowerOrtCpu"]
 _DOMAIN = "com.microsoft"
 _VERSION = 1
 _BITS = (2, 4, 8)
-#: For products that came in with a precision of their own.
-_LEVELS: dict[Accuracy | None, int] = {"exact": 1, "bf16": 1, "int8": 4}
 #: 2-bit kernels exist for these blocks only; any other one is dequantized as a whole in every run.
 _FAST_2_BIT_BLOCKS = (32, 64, 128)
 
@@ -48,13 +47,20 @@ class LowerOrtCpu(Pass):
     Attributes:
         accuracy_level: What activations are rounded to before the product. 4: int8 in blocks, which is what the fast
             kernels need; 8-bit and 2-bit weights have no others. 1: float32, for 4-bit weights at half the speed.
+            "auto" measures what int8 does to the results of each product, and takes 1 for those of 4-bit weights where
+            that is too much. Products that came in with a precision of their own keep it.
+        largest_error: For "auto": relative error of results, root mean square.
     """
 
     name: ClassVar[str] = "lower_ort_cpu"
     group: ClassVar[str] = "lower"
     lossless: ClassVar[bool] = False  # int8 activations; and without lowering there is no artifact to fall back to
 
-    accuracy_level: Literal[0, 1, 2, 3, 4] = 4
+    accuracy_level: Literal["auto", 0, 1, 2, 3, 4] = "auto"
+    largest_error: float = LARGEST_ERROR
+
+    def __post_init__(self) -> None:
+        check_largest_error(self.largest_error, self.name)
 
     def apply(self, model: Model, context: Context) -> Change:
         """Replace all calls.
@@ -68,15 +74,18 @@ class LowerOrtCpu(Pass):
             change.skip(node.name, "its codes are no recorded work: it gets the portable form")
         replaced = {id(node): inline_call(model, node) for node in opaque}
         constants = Constants(model)
+        chosen = LevelChoice(self.accuracy_level, self.largest_error, context)
         for call in recorded:
             scheme = call.job.scheme
             if scheme.bits not in _BITS:
                 what = f"{_DOMAIN} has no operators for {scheme.bits}-bit weights"
                 raise UsageError(what, where=call.job.where(), todo="choose 2, 4 or 8 bits")
             op = Builder(model, call.node.name or call.result.name)
-            result = (
-                gather_nbits(constants, op, call) if call.is_gather else self._multiply(constants, op, call, context)
-            )
+            if call.is_gather:
+                result = gather_nbits(constants, op, call)
+            else:
+                _note_slow_blocks(call, context)
+                result = _multiply(constants, op, call, chosen.of(call))
             last = op.nodes[-1]
             assert last.outputs[0] is result
             last.outputs[0] = call.result
@@ -88,7 +97,7 @@ class LowerOrtCpu(Pass):
         if change.sites:
             if model.opset(_DOMAIN) is None:
                 model.set_opset(_DOMAIN, _VERSION)
-            change.detail["accuracy_level"] = self.accuracy_level
+            change.detail.update(chosen.account())
         change.sites += [node.name for node in opaque]
         return change
 
@@ -101,22 +110,26 @@ class LowerOrtCpu(Pass):
         for _, node in calls(model):
             raise CompilerBug("a concept is left after lowering", where=f"{node.op} '{node.name}'")
 
-    def _multiply(self, constants: Constants, op: Builder, call: BlockCall, context: Context) -> gs.Tensor:
-        codes, scales, *zeros = call.weights("nbits")
-        job, bits, block = call.job, call.job.scheme.bits, call.stored_block("nbits")
-        if bits == 2 and block not in _FAST_2_BIT_BLOCKS:
-            note = f"{job.where()}: there is no fast kernel for 2-bit blocks of {block}; use 32, 64 or 128"
-            context.notes.append(note)
-        return op.call(
-            _DOMAIN,
-            "MatMulNBits",
-            call.operand,
-            constants.shared(call, 0, codes),
-            constants.shared_scales(op, call, scales),
-            *(constants.shared(call, 2, weight) for weight in zeros),
-            K=job.rows,
-            N=job.columns,
-            bits=bits,
-            block_size=block,
-            accuracy_level=_LEVELS.get(job.accuracy, self.accuracy_level),
-        )
+
+def _note_slow_blocks(call: BlockCall, context: Context) -> None:
+    job, block = call.job, call.stored_block("nbits")
+    if job.scheme.bits == 2 and block not in _FAST_2_BIT_BLOCKS:
+        note = f"{job.where()}: there is no fast kernel for 2-bit blocks of {block}; use 32, 64 or 128"
+        context.notes.append(note)
+
+
+def _multiply(constants: Constants, op: Builder, call: BlockCall, accuracy_level: int) -> gs.Tensor:
+    codes, scales, *zeros = call.weights("nbits")
+    return op.call(
+        _DOMAIN,
+        "MatMulNBits",
+        call.operand,
+        constants.shared(call, 0, codes),
+        constants.shared_scales(op, call, scales),
+        *(constants.shared(call, 2, weight) for weight in zeros),
+        K=call.job.rows,
+        N=call.job.columns,
+        bits=call.job.scheme.bits,
+        block_size=call.stored_block("nbits"),
+        accuracy_level=accuracy_level,
+    )

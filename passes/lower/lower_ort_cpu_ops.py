@@ -16,6 +16,8 @@ from onnxslim_llm.custom_ops import ops
 from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.weights.jobs import derive
+from onnxslim_llm.passes.lower.accuracy_choice import AccuracyChoice, check_largest_error
+from onnxslim_llm.passes.lower.activation_rounding import LARGEST_ERROR
 from onnxslim_llm.passes.lower.codes import BlockCall, Constants, take_calls
 from onnxslim_llm.passes.lower.epilogues import Epilogue, find_epilogue
 from onnxslim_llm.passes.lower.pack_job import PackJob
@@ -49,9 +51,11 @@ class LowerOrtCpuOps(Pass):
         - the codes are no recorded work, because the model was saved half way.
 
     Attributes:
-        accuracy: The least precision of products. "int8": activations are rounded to int8 in blocks; "bf16":
-            activations and weights to bfloat16; "exact": all in float32. Products that came in with a precision of
-            their own keep it.
+        accuracy: The least precision of products. "int8": activations are rounded to int8 in blocks of up to 32;
+            "bf16": activations and weights to bfloat16; "exact": all in float32. "auto" measures what int8 and bf16 do
+            to the results of each product and takes the fastest that is good enough. Products that came in with a
+            precision of their own keep it.
+        largest_error: For "auto": relative error of results, root mean square.
         exact: Regular expressions: products with a match in the name of the weight or of the node are exact, whatever
             `accuracy` says. `diff` lists the layers whose results differ most.
         epilogues: Let the product's operator compute the bias, the SiLU or Gelu and the gate that follow it.
@@ -61,11 +65,13 @@ class LowerOrtCpuOps(Pass):
     group: ClassVar[str] = "lower"
     lossless: ClassVar[bool] = False  # int8 activations; and without lowering there is no artifact to fall back to
 
-    accuracy: Literal["exact", "bf16", "int8"] = "int8"
+    accuracy: Literal["auto", "exact", "bf16", "int8"] = "auto"
+    largest_error: float = LARGEST_ERROR
     exact: tuple[str, ...] = ()
     epilogues: bool = True
 
     def __post_init__(self) -> None:
+        check_largest_error(self.largest_error, self.name)
         for pattern in self.exact:
             try:
                 re.compile(pattern)
@@ -83,6 +89,7 @@ class LowerOrtCpuOps(Pass):
         replaced: dict[int, list[gs.Node]] = {}
         removed: list[gs.Node] = []  # keeps them alive, so that their ids stay theirs
         fused: Counter[str] = Counter()
+        chosen = AccuracyChoice(self.accuracy, self.largest_error, context)
         for call in recorded:
             op = Builder(model, call.node.name or call.result.name)
             after = Epilogue(call.result, (call.job,))
@@ -92,7 +99,11 @@ class LowerOrtCpuOps(Pass):
                 detach(node)
                 removed.append(node)
                 replaced[id(node)] = []
-            result = _look_up(constants, op, call) if call.is_gather else self._multiply(constants, op, call, after)
+            if call.is_gather:
+                result = _look_up(constants, op, call)
+            else:
+                accuracy = chosen.of(call, after.jobs, pinned=self._is_exact(call))
+                result = _multiply(constants, op, call, after, accuracy)
             last = op.nodes[-1]
             assert last.outputs[0] is result
             last.outputs[0] = after.result
@@ -100,6 +111,7 @@ class LowerOrtCpuOps(Pass):
             change.sites.append(call.node.name or call.result.name)
             fused.update([after.activation, "bias"] if after.bias is not None else [after.activation])
         replace_nodes(model, replaced)
+        change.detail.update(chosen.account())
         change.detail.update({f"with_{name}": count for name, count in sorted(fused.items()) if name != "none"})
         if replaced:
             drop_unused_functions(model)
@@ -107,24 +119,23 @@ class LowerOrtCpuOps(Pass):
                 model.set_opset(ops.DOMAIN, ops.VERSION)
         return change
 
-    def _multiply(self, constants: Constants, op: Builder, call: BlockCall, after: Epilogue) -> gs.Tensor:
-        inputs = [call.operand, _packed(constants, call, after.jobs)]
-        if after.bias is not None:
-            inputs.append(after.bias)
-        return op.call(
-            ops.DOMAIN,
-            "MatMulPacked",
-            *inputs,
-            **_attributes(call),
-            accuracy=self._accuracy_of(call, after),
-            activation=after.activation if after.activation != "none" else None,
-        )
-
-    def _accuracy_of(self, call: BlockCall, after: Epilogue) -> str:
+    def _is_exact(self, call: BlockCall) -> bool:
         names = (call.job.where(), call.node.name)
-        if any(re.search(pattern, name) for pattern in self.exact for name in names):
-            return "exact"
-        return after.jobs[0].accuracy or self.accuracy
+        return any(re.search(pattern, name) for pattern in self.exact for name in names)
+
+
+def _multiply(constants: Constants, op: Builder, call: BlockCall, after: Epilogue, accuracy: str) -> gs.Tensor:
+    inputs = [call.operand, _packed(constants, call, after.jobs)]
+    if after.bias is not None:
+        inputs.append(after.bias)
+    return op.call(
+        ops.DOMAIN,
+        "MatMulPacked",
+        *inputs,
+        **_attributes(call),
+        accuracy=accuracy,
+        activation=after.activation if after.activation != "none" else None,
+    )
 
 
 def _look_up(constants: Constants, op: Builder, call: BlockCall) -> gs.Tensor:

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import TensorProto
 
 from onnxslim_llm.concepts.block_weights import BlockJob, BlockLayout, WeightScheme
@@ -15,6 +16,7 @@ from onnxslim_llm.custom_ops import available
 from onnxslim_llm.custom_ops.packing import pack_bits
 from onnxslim_llm.custom_ops.quantize import BlockSpec, Layout, TileBuffers, column_alignment, quantize_tile
 from onnxslim_llm.errors import ModelError
+from onnxslim_llm.ir.weights import AliasWeight, DerivedWeight, ViewWeight
 from onnxslim_llm.ir.weights.dtypes import bits_of
 from onnxslim_llm.ir.weights.jobs import TensorSpec, Tile, TileOutput
 from onnxslim_llm.ir.weights.weight import Weight
@@ -29,6 +31,8 @@ _TILE_BYTES_NUMPY = 2 << 20
 _WHOLE_BYTES = 4
 _BYTE = 8
 _COLUMNS_TOGETHER = 16
+#: Larger results of other work are not computed only to look at some of their columns.
+_PREVIEW_BYTES = 64 << 20
 #: Part of the fingerprint: raise it when the same parameters give other bytes.
 _VERSION = 1
 #: Blocks that MatMulNBits has fast kernels for: a scale per column is repeated for each of them.
@@ -72,6 +76,16 @@ class QuantizeJob(BlockJob):
     def where(self) -> str:
         """Return the name of the weight."""
         return self.name
+
+    def preview(self, start: int, stop: int) -> NDArray[np.float32] | None:
+        """Return columns of the source; None where it is the result of other work, and large."""
+        source = self.inputs[0]
+        if isinstance(_beneath(source), DerivedWeight) and source.nbytes > _PREVIEW_BYTES:
+            return None
+        matrix = source.view() if self.k_axis == 0 else source.view().T
+        columns = np.array(matrix[:, start:stop], np.float32)
+        source.release()
+        return columns
 
     def _specs(self) -> tuple[TensorSpec, ...]:
         n, bits, scale_type = self.columns, self.scheme.bits, _SCALE[self.scheme.scale_type]
@@ -210,6 +224,13 @@ class QuantizeJob(BlockJob):
 def _cheapest_block(rows: int, bits: int) -> int:
     """Return the block with which a column takes the fewest bytes: long ones save scales, short ones padding."""
     return min(_FAST_BLOCKS[bits], key=lambda block: -(-rows // block) * (block * bits // 8 + 4))
+
+
+def _beneath(weight: Weight) -> Weight:
+    """Return what a weight only shows differently."""
+    while isinstance(weight, ViewWeight | AliasWeight):
+        weight = weight.base
+    return weight
 
 
 def _bytes(bits: int) -> int:
