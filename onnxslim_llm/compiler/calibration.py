@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from onnxslim_llm.compiler.progress import Progress
 from onnxslim_llm.errors import UsageError
+from onnxslim_llm.ir.model import open_model
 from onnxslim_llm.rewrite.passes import Pass
 from onnxslim_llm.runtime.sidefiles import SideFiles
 from onnxslim_llm.runtime.tokenizer import load_tokenizer
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from onnxslim_llm.runtime.session import Session
     from onnxslim_llm.stats.statistics import Statistics
 
-__all__ = ["SELF", "Calibrator"]
+__all__ = ["SELF", "Calibrator", "written_by"]
 
 #: Instead of a file: text that the model itself writes.
 SELF = "self"
@@ -75,7 +77,7 @@ class Calibrator:
             from onnxslim_llm.stats.collect import collect
 
             self.progress.stage("calibrate", None, "samples")
-            calibration = self._calibration(open_session(self.source, threads=self.threads))
+            calibration = self.calibration(open_session(self.source, threads=self.threads))
             identity = f"{self.source} {self.source.stat().st_size} {self.source.stat().st_mtime_ns}"
             self._statistics, notes = collect(
                 self.source,
@@ -115,7 +117,19 @@ class Calibrator:
         """Remove what was stored: the weights are written."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _calibration(self, session: Session) -> Calibration:
+    def stub(self) -> onnx.ModelProto:
+        """Return the source without its weights."""
+        return open_model(self.source).to_proto("omit")
+
+    def calibration(self, session: Session) -> Calibration:
+        """Return the data that the user gave; they must have given some.
+
+        Args:
+            session: The open source model.
+
+        Raises:
+            UsageError: They do not fit the model.
+        """
         from onnxslim_llm.runtime.decoder import DecoderRunner
         from onnxslim_llm.runtime.signature import find_decoder
         from onnxslim_llm.verify.arrays import load_arrays
@@ -135,7 +149,7 @@ class Calibrator:
         runner = DecoderRunner(session, signature)
         context = SideFiles.of(self.source.parent).context_length
         window = min(WINDOW, signature.length or WINDOW, context or WINDOW)
-        tokens = _written_by(runner, window) if itself else self._read(files)
+        tokens = written_by(runner, window) if itself else self._read(files)
         return TokenCalibration.checked(tokens[:TOKENS], window, runner.vocab, runner.arrays)
 
     def _files(self) -> list[Path]:
@@ -184,13 +198,21 @@ def _pieces(file: Path) -> Iterator[str | list[int]]:
             raise UsageError(f"line {number} has neither text nor tokens", where=str(file), todo=todo)
 
 
-def _written_by(runner: DecoderRunner, window: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Return token ids sampled from the model itself, many rows at once, each from a random first token."""
+def written_by(
+    runner: DecoderRunner, window: int, total: int = SELF_TOKENS
+) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Return token ids sampled from the model itself, many rows at once, each from a random first token.
+
+    Args:
+        runner: The model.
+        window: Tokens of a row.
+        total: How many tokens to write; the rows of a batch are always finished.
+    """
     rng = np.random.default_rng(0)
     fixed = runner.signature.batch
     rows = fixed or _SELF_ROWS
     written = []
-    for _ in range(max(1, SELF_TOKENS // (rows * window))):
+    for _ in range(max(1, total // (rows * window))):
         ids = rng.integers(0, runner.vocab, (rows, 1))
         logits, state = runner.extend(ids)
         for _ in range(window - 1):

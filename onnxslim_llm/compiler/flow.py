@@ -24,6 +24,7 @@ from onnxslim_llm.compiler.defaults import default_output, default_recipe, round
 from onnxslim_llm.compiler.fusion import FusionCensus
 from onnxslim_llm.compiler.lowering import KvCache, check_opset, intake_passes, lowering_passes
 from onnxslim_llm.compiler.nonfinite import NonFinite, nonfinite_weights
+from onnxslim_llm.compiler.observation import make_observer
 from onnxslim_llm.compiler.progress import Progress, Silent
 from onnxslim_llm.compiler.verification import Judge, may_roll_back
 from onnxslim_llm.errors import CompilerBug, GateError, ModelError, UsageError
@@ -279,6 +280,7 @@ class _Job:
             target=self.target,
             statistics=self.calibrator.wanted_by(active),
             cache_ranges=self.calibrator.cache_ranges_wanted_by(active),
+            observer=make_observer(self.calibrator),
         )
         self.progress.stage("passes", len(active), "passes")
         census = FusionCensus(active, model)

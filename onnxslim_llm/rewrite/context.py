@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from onnxslim_llm.rewrite.passes import Pass
+    from onnxslim_llm.stats.observe import Observer
     from onnxslim_llm.stats.statistics import Statistics
     from onnxslim_llm.targets.base import Target
 
@@ -27,6 +28,8 @@ class Context:
         cache_ranges: Largest magnitudes [H, D] of what the KV caches hold on sample tokens, by the name of the present
             output; None where they were not measured.
         following: The passes that come after this one: what is prepared for a quantizer depends on its options.
+        observer: Runs the graph as it is on calibration data and looks at its tensors; None where there is no source
+            model to take inputs from.
         notes: One-line remarks for the user; passes append to it.
     """
 
@@ -35,4 +38,5 @@ class Context:
     statistics: Statistics | None = None
     cache_ranges: Mapping[str, NDArray[Any]] | None = None
     following: Sequence[Pass] = ()
+    observer: Observer | None = None
     notes: list[str] = field(default_factory=list)

@@ -1,0 +1,118 @@
+"""Inputs for graphs between two passes: the user's data, or made-up ones, fitted to the graph's own signature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxslim_llm.compiler.calibration import Calibrator, written_by
+from onnxslim_llm.errors import UsageError
+from onnxslim_llm.stats.calibration import Calibration, Feeds, TensorCalibration, TokenCalibration
+from onnxslim_llm.stats.observe import GraphObserver, Observer
+
+if TYPE_CHECKING:
+    from onnxslim_llm.runtime.session import Session
+
+__all__ = ["SampleSource", "make_observer"]
+
+#: Without data a decoder writes so many tokens at a time, in rows of its own: enough to see the usual ranges.
+_MADE_UP_WINDOW = 64
+#: Without data other models get so many samples of random inputs, of so many tokens or elements a dimension.
+_MADE_UP_SAMPLES = 16
+_MADE_UP_LENGTH = 32
+
+
+def make_observer(calibrator: Calibrator) -> Observer:
+    """Return what passes observe tensors with; nothing is run or read before they do."""
+    return GraphObserver(
+        SampleSource(calibrator).feeds,
+        threads=calibrator.threads,
+        progress=lambda done: calibrator.progress.advance(done),
+    )
+
+
+@dataclass
+class SampleSource:
+    """The calibration data of a compile, read once.
+
+    Attributes:
+        calibrator: Knows where they are.
+    """
+
+    calibrator: Calibrator
+    _data: Calibration | None = field(default=None, repr=False)
+
+    def feeds(self, session: Session) -> Iterator[Feeds]:
+        """Yield the inputs of every sample for a model that passes have made of the source.
+
+        Raises:
+            UsageError: The data do not fit the model.
+        """
+        if self._data is None:
+            self.calibrator.progress.stage("calibrate", None, "samples")
+            self._data = self._read()
+        if isinstance(self._data, TokenCalibration):
+            yield from _token_feeds(session, self._data)
+        else:
+            yield from self._data.feeds()
+
+    def _read(self) -> Calibration:
+        from onnxslim_llm.runtime.session import open_session
+
+        source = open_session(self.calibrator.source, threads=self.calibrator.threads)
+        if self.calibrator.data is not None:
+            return self.calibrator.calibration(source)
+        made, what = _made_up(self.calibrator, source)
+        note = f"no calibration data: ranges of activations come from {what}; --calib FILE gives better ones"
+        self.calibrator.notes += [] if note in self.calibrator.notes else [note]
+        self.calibrator.progress.note(note)
+        return made
+
+
+def _made_up(calibrator: Calibrator, session: Session) -> tuple[Calibration, str]:
+    from onnxslim_llm.runtime.decoder import DecoderRunner
+    from onnxslim_llm.runtime.feeds import index_bounds, random_feeds, sizes_of
+    from onnxslim_llm.runtime.signature import find_decoder
+
+    signature, _ = find_decoder(session)
+    if signature is not None:
+        runner = DecoderRunner(session, signature)
+        window = min(_MADE_UP_WINDOW, signature.length or _MADE_UP_WINDOW)
+        tokens = written_by(runner, window, window)
+        return TokenCalibration.checked(tokens, window, runner.vocab, runner.arrays), "text that the model wrote itself"
+    rng = np.random.default_rng(0)
+    bounds = index_bounds(calibrator.stub())
+    sizes = sizes_of(session.inputs, batch=1, length=_MADE_UP_LENGTH)
+    samples = [random_feeds(session.inputs, sizes, rng, bounds=bounds) for _ in range(_MADE_UP_SAMPLES)]
+    return TensorCalibration(tuple(samples)), "random inputs"
+
+
+def _token_feeds(session: Session, data: TokenCalibration) -> Iterator[Feeds]:
+    from onnxslim_llm.runtime.decoder import DecoderRunner
+    from onnxslim_llm.runtime.signature import DecoderSignature
+
+    signature = DecoderSignature.of(session)
+    runner = DecoderRunner(session, signature)
+    if signature.length is None and signature.batch is None:
+        yield from TokenCalibration(data.tokens, data.window, runner.arrays).feeds()
+        return
+    rows, length = signature.batch or 1, signature.length or data.window
+    whole = _filled(data.tokens, rows * length)
+    for ids in whole.reshape(-1, rows, length):
+        yield runner.arrays(ids)
+
+
+def _filled(tokens: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """Return as many whole samples of `size` tokens as there are, at least one: a short text is repeated.
+
+    Raises:
+        UsageError: There are no tokens.
+    """
+    if not tokens.size:
+        raise UsageError("the calibration data hold no tokens", where="--calib", todo="give a longer text")
+    count = max(1, len(tokens) // size)
+    return np.resize(tokens, count * size)

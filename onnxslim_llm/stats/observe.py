@@ -1,0 +1,127 @@
+"""Look at tensors of a graph as it is between two passes, on the calibration data, without keeping any values."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import onnx
+from numpy.typing import NDArray
+
+from onnxslim_llm.errors import ModelError
+from onnxslim_llm.ir.model import Model
+from onnxslim_llm.ir.save import SaveOptions, save_model
+from onnxslim_llm.runtime.session import Session, open_session
+from onnxslim_llm.stats.calibration import Feeds
+
+__all__ = ["Collector", "GraphObserver", "Observer"]
+
+#: Models with more bytes of weights are run from a file of their own, so that they are not held twice.
+IN_MEMORY_BYTES = 256 << 20
+#: Bytes of observed tensors that one run of the model may hand out.
+HELD_BYTES = 512 << 20
+#: Tensors that are asked for at a time while their sizes are not known.
+_UNKNOWN = 16
+
+
+class Collector(Protocol):
+    """Takes in one tensor, sample by sample."""
+
+    def add(self, values: NDArray[Any]) -> None:
+        """Take in the values of one sample.
+
+        Raises:
+            FloatingPointError: They are of no use; the text says what they are.
+        """
+
+
+class Observer(Protocol):
+    """What a pass may ask about the graph that it is working on."""
+
+    def observe(self, model: Model, collectors: Mapping[str, Collector]) -> None:
+        """Run all calibration data through the model and hand the named tensors of its top graph to the collectors.
+
+        Raises:
+            ModelError: The model does not run, or a collector refuses values; the tensor is named.
+        """
+
+
+@dataclass
+class GraphObserver:
+    """Runs graphs in ONNX Runtime.
+
+    The memory that it takes is that of one sample: what is observed is handed on and dropped.
+
+    Attributes:
+        feeds: Returns the inputs of every sample, for a model with the signature of this session.
+        threads: Of the runtime.
+        progress: Called after each sample.
+        held_bytes: Bytes of observed tensors that are held at a time; where one sample has more of them, it runs
+            several times.
+    """
+
+    feeds: Callable[[Session], Iterable[Feeds]]
+    threads: int = 0
+    progress: Callable[[int], None] = field(default=lambda done: None)
+    held_bytes: int = HELD_BYTES
+
+    def observe(self, model: Model, collectors: Mapping[str, Collector]) -> None:
+        """See `Observer.observe`."""
+        if not collectors:
+            return
+        with tempfile.TemporaryDirectory(prefix="observe-") as scratch:
+            session = self._open(model, list(collectors), Path(scratch))
+            batches: list[list[str]] | None = None
+            for number, given in enumerate(self.feeds(session), 1):
+                fed = {info.name: given[info.name] for info in session.inputs}
+                if batches is None:
+                    batches = _batches(session, fed, list(collectors), self.held_bytes)
+                for names in batches:
+                    for name, values in session.run(fed, names).items():
+                        _add(collectors[name], name, values)
+                self.progress(number)
+
+    def _open(self, model: Model, names: Sequence[str], scratch: Path) -> Session:
+        folder: Path | None = None
+        if model.weight_bytes() > IN_MEMORY_BYTES:
+            folder = scratch
+            save_model(model, scratch / "model.onnx", SaveOptions(jobs=max(1, self.threads)))
+            proto = onnx.load(scratch / "model.onnx", load_external_data=False)
+        else:
+            proto = model.to_proto("inline")
+        there = {value.name for value in proto.graph.output}
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in there)
+        return open_session(proto, threads=self.threads, base_dir=folder)
+
+
+def _batches(session: Session, fed: Feeds, names: list[str], limit: int) -> list[list[str]]:
+    """Return the tensors in groups that take at most `limit` bytes on this sample (a single one may take more)."""
+    groups: list[list[str]] = []
+    used = 0
+    for name, nbytes in _sizes(session, fed, names):
+        if not groups or (used + nbytes > limit and used):
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += nbytes
+    return groups
+
+
+def _sizes(session: Session, fed: Feeds, names: list[str]) -> Iterator[tuple[str, int]]:
+    for start in range(0, len(names), _UNKNOWN):
+        for name, values in session.run(fed, names[start : start + _UNKNOWN]).items():
+            yield name, values.nbytes
+
+
+def _add(collector: Collector, name: str, values: NDArray[Any]) -> None:
+    try:
+        collector.add(values)
+    except FloatingPointError as error:
+        raise ModelError(
+            f"the calibration data make {error}",
+            where=f"tensor '{name}'",
+            todo="run the model on these data by itself; a float16 model may overflow",
+        ) from error
