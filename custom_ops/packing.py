@@ -22,10 +22,20 @@ def pack_bits(codes: Array, bits: int) -> Array:
 
 def unpack_bits(packed: Array, bits: int, count: int) -> Array:
     """The first ``count`` codes of each row of a bit stream along the last axis."""
-    planes = np.unpackbits(packed, axis=-1, count=count * bits, bitorder="little")
-    shifted = planes.reshape(*packed.shape[:-1], count, bits) << np.arange(bits, dtype=np.uint8)
-    codes: Array = shifted.sum(-1, dtype=np.uint8)
-    return codes
+    together = 1 if 8 % bits == 0 else bits  # bytes after which codes begin with a whole byte
+    short = -packed.shape[-1] % together
+    padded = np.pad(packed, [(0, 0)] * (packed.ndim - 1) + [(0, short)]) if short else packed
+    words = np.ascontiguousarray(padded).reshape(*packed.shape[:-1], -1, together)
+    codes = np.empty((*words.shape[:-1], 8 * together // bits), np.uint8)
+    for i in range(codes.shape[-1]):
+        first, shift = divmod(i * bits, 8)
+        code = words[..., first] >> np.uint8(shift)
+        if shift + bits > 8:
+            code = code | words[..., first + 1] << np.uint8(8 - shift)
+        codes[..., i] = code
+    mask = np.uint8((1 << bits) - 1)
+    unpacked: Array = (codes & mask).reshape(*packed.shape[:-1], -1)[..., :count]
+    return unpacked
 
 
 def pack(codes: Array, scales: Array, zero: Array, buffers: TileBuffers, first_column: int, rows: int) -> None:

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxslim_llm.concepts.block_weights import WeightScheme
-from onnxslim_llm.passes.quantize.trial import quickly_coded
-from onnxslim_llm.stats.curvature import output_error
+from onnxslim_llm.passes.quantize.trial import lost, quickly_coded
 from onnxslim_llm.stats.moments import Moments
 
 __all__ = ["Candidate", "Columns", "best_candidate", "candidates"]
@@ -33,11 +32,11 @@ class Columns:
     """Some columns of a weight, and how it will be quantized.
 
     Attributes:
-        matrix: [K, n] float32.
+        rows: The columns as rows [n, K], float32.
         scheme: How.
     """
 
-    matrix: Array
+    rows: Array
     scheme: WeightScheme
 
 
@@ -63,13 +62,13 @@ def candidates(
 
     Args:
         size: [K], how large the channels of the input are.
-        weights: W[K, n] of all products.
+        weights: Columns [n, K] of all products.
         grid: Steps of the exponent between 0 and 1.
         tie: Makes factors equal that must be.
         always_by_weight: Leave away the candidates that the weights do not count in.
     """
     x = _relative(size)
-    w = _relative(np.sqrt(sum(np.square(m, dtype=np.float64).sum(axis=1) for m in weights)))
+    w = _relative(np.sqrt(sum(np.square(m, dtype=np.float64).sum(axis=0) for m in weights)))
     for step in range(grid + 1):
         exponent = step / grid
         for by_weight in (True,) if always_by_weight else (False, True):
@@ -91,11 +90,13 @@ def best_candidate(
         moments: Of the input, with H.
         choices: What to try.
     """
-    plain = _error(columns, moments, np.ones(moments.size))
+    assert moments.gram is not None
+    gram = moments.gram.astype(np.float32)
+    plain = _error(columns, moments, gram, np.ones(moments.size))
     best: Candidate | None = None
     least = plain
     for choice in choices:
-        error = _error(columns, moments, choice.factor)
+        error = _error(columns, moments, gram, choice.factor)
         if error < least:
             best, least = choice, error
     return best, least, plain
@@ -106,12 +107,10 @@ def _relative(size: Array) -> Array:
     return np.maximum(size / mean, _FLOOR) if mean > 0 else np.ones(len(size))
 
 
-def _error(columns: Sequence[Columns], moments: Moments, factor: Array) -> float:
-    assert moments.gram is not None
+def _error(columns: Sequence[Columns], moments: Moments, gram: Array, factor: Array) -> float:
     importance = moments.mean_square / factor**2
-    up, down = factor[:, None].astype(np.float32), (1 / factor)[:, None].astype(np.float32)
+    up, down = factor.astype(np.float32), (1 / factor).astype(np.float32)
     total = 0.0
     for part in columns:
-        error = part.matrix - quickly_coded(part.matrix * up, part.scheme, importance) * down
-        total += float(output_error(error, moments.gram).sum())
+        total += lost(part.rows - quickly_coded(part.rows * up, part.scheme, importance) * down, gram)
     return total

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+
 from onnxslim_llm.errors import UsageError
 from onnxslim_llm.passes.quantize.channel_scales import Columns, best_candidate, candidates
 from onnxslim_llm.passes.quantize.fold_scales import fold_scales, tied
@@ -23,8 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ScaleChannels"]
 
-#: Columns of each weight that a candidate is tried on: a step of the grid costs less than rounding the whole weight.
-_TRIED = 256
+#: What a candidate may cost: the product of H with the columns that it is tried on takes about the time of rounding the
+#: whole weight if n K^2 is so many times K N (measured, see docs/weight-only.md), and n is at least the second number.
+_TRIED, _TRIED_LEAST = 128, 32
 #: Columns on which the winner has to show, with the quantizer that follows, that it is better than nothing.
 _JUDGED = 1024
 
@@ -117,16 +120,16 @@ class ScaleChannels(Pass):
         if moments is None or moments.size != coded[0].rows:
             return "no calibration data reach it"
         columns = [Columns(columns_of(p.weight, p.k_axis, _JUDGED), schemes[p.name]) for p in coded]
-        tried = [Columns(part.matrix[:, :: -(-part.matrix.shape[1] // _TRIED)], part.scheme) for part in columns]
+        tried = [_some(part, product.columns) for part, product in zip(columns, coded, strict=True)]
         fit = moments.load().fit
-        choices = candidates(fit.mean_absolute, [part.matrix for part in tried], self.grid, partial(tied, site))
+        choices = candidates(fit.mean_absolute, [part.rows for part in tried], self.grid, partial(tied, site))
         best, _, _ = best_candidate(tried, fit, choices)
         if best is None:
             return "no factors make the error smaller"
         scaled = moments.transformed(Scaled(1 / best.factor))
-        rows = best.factor[:, None].astype(columns[0].matrix.dtype)
-        before = sum(held_error(part.matrix, part.scheme, moments) for part in columns)
-        after = sum(held_error(part.matrix * rows, part.scheme, scaled) for part in columns)
+        factor = best.factor.astype(np.float32)
+        before = sum(held_error(part.rows, part.scheme, moments) for part in columns)
+        after = sum(held_error(part.rows * factor, part.scheme, scaled) for part in columns)
         if not after < before * (1 - self.min_gain):
             ratio = after / before if before else 1.0
             return f"on samples that were held out the error becomes {ratio:.3f} times what it is"
@@ -142,6 +145,13 @@ class ScaleChannels(Pass):
             }
         )
         return ""
+
+
+def _some(part: Columns, total: int) -> Columns:
+    """Return the columns to try candidates on."""
+    count, size = part.rows.shape
+    wanted = min(count, max(_TRIED_LEAST, _TRIED * total // size))
+    return Columns(part.rows[:: -(-count // wanted)], part.scheme)
 
 
 def _quantizer(context: Context) -> QuantizeWeights | None:
