@@ -1,6 +1,8 @@
 // Header checks and the two directions between MatMulNBits's arrays and the packed weight.
 #include "packing/packed_weight.h"
 
+#include "packing/code_groups.h"
+
 namespace osl {
 namespace {
 
@@ -46,7 +48,17 @@ struct NBitsStrides {
           block_bytes((int64_t)s.block * s.bits / 8),
           zero_bytes((blocks * s.bits + 7) / 8),
           scale(scale_bytes(s.scale_type)) {}
+
+    // Blocks are stored in full, one after the other: a column is one bit stream.
+    int64_t column_bytes() const { return blocks * block_bytes; }
 };
+
+// Zero point of a block, or the middle of the range where there is none or `n` is -1.
+uint32_t zero_of(const NBitsArrays& from, const PackedScheme& s, const NBitsStrides& strides, int64_t block,
+                 int64_t n) {
+    if (!s.zero_points || n < 0) return 1u << (s.bits - 1);
+    return read_bits(from.zero_points + n * strides.zero_bytes, block * s.bits, s.bits);
+}
 
 void put_code(uint8_t* chunk, int32_t bits, int32_t k, int32_t column, uint32_t code) {
     const CodePlace place = code_place(bits, k, column);
@@ -101,23 +113,47 @@ void write_header(const PackedWeight& w, uint8_t* packed) {
     memcpy(packed, &header, sizeof header);
 }
 
-// One block of one column: `n` is the column of the logical weight, or -1 for padding.
+// Scales and zero points of one block: `n` is the column of the logical weight, or -1 for padding.
 void pack_block(const NBitsArrays& from, const PackedWeight& w, const NBitsStrides& strides, int64_t block, int64_t n,
                 int32_t column, uint8_t* chunk) {
     const PackedScheme& s = w.scheme;
     const int32_t in_chunk = (int32_t)(block % chunk_blocks(s));
     const bool real = n >= 0 && block < strides.blocks;
-    uint32_t zero = 1u << (s.bits - 1);
-    if (real && s.zero_points) zero = read_bits(from.zero_points + n * strides.zero_bytes, block * s.bits, s.bits);
-    if (s.zero_points) put_zero_point(w, chunk, in_chunk, column, zero);
+    if (s.zero_points) put_zero_point(w, chunk, in_chunk, column, zero_of(from, s, strides, block, real ? n : -1));
     if (real)
         memcpy(chunk + w.scales_at + (in_chunk * kStripColumns + column) * strides.scale,
                from.scales + (n * strides.blocks + block) * strides.scale, (size_t)strides.scale);
-    const uint8_t* codes = real ? from.codes + (n * strides.blocks + block) * strides.block_bytes : nullptr;
-    for (int32_t k = 0; k < s.block; k++) {
-        const bool inside = real && block * s.block + k < w.rows;
-        const uint32_t code = inside ? read_bits(codes, (int64_t)k * s.bits, s.bits) : zero;
-        put_code(chunk, s.bits, in_chunk * s.block + k, column, code);
+}
+
+// 64 rows of a column that are not all there: what lies beyond K is the zero point of its block.
+void pack_short_group(const NBitsArrays& from, const PackedWeight& w, const NBitsStrides& strides, int64_t first_row,
+                      int64_t n, int32_t column, uint8_t* chunk) {
+    const PackedScheme& s = w.scheme;
+    const int32_t start = (int32_t)(first_row % w.chunk_rows);
+    for (int32_t k = 0; k < kGroupCodes; k++) {
+        const int64_t row = first_row + k, block = row >> w.block_shift;
+        const bool real = n >= 0 && row < w.rows;
+        const uint32_t code = real ? read_bits(from.codes + n * strides.column_bytes(), row * s.bits, s.bits)
+                                   : zero_of(from, s, strides, block, block < strides.blocks ? n : -1);
+        put_code(chunk, s.bits, start + k, column, code);
+    }
+}
+
+// One chunk of a strip, in memory that is zero.
+void pack_chunk(const NBitsArrays& from, const PackedWeight& w, const NBitsStrides& strides, int64_t index,
+                const StripColumns& real, uint8_t* chunk) {
+    const PackedScheme& s = w.scheme;
+    const int64_t first_block = index * chunk_blocks(s), first_row = index * w.chunk_rows;
+    for (int32_t column = 0; column < kStripColumns; column++) {
+        const int64_t n = column < real.count ? real.first + column : -1;
+        for (int32_t i = 0; i < chunk_blocks(s); i++) pack_block(from, w, strides, first_block + i, n, column, chunk);
+        for (int32_t k = 0; k < w.chunk_rows; k += kGroupCodes) {
+            if (n < 0 || first_row + k + kGroupCodes > w.rows)
+                pack_short_group(from, w, strides, first_row + k, n, column, chunk);
+            else
+                pack_group(s.bits, from.codes + n * strides.column_bytes() + (first_row + k) * s.bits / 8, column,
+                           chunk + k / kGroupCodes * group_chunk_bytes(s.bits));
+        }
     }
 }
 
@@ -130,9 +166,31 @@ void unpack_block(const PackedWeight& w, const NBitsStrides& strides, int64_t bl
     if (s.zero_points)
         or_bits(to.zero_points + n * strides.zero_bytes, block * s.bits,
                 (uint32_t)zero_point(w, chunk, in_chunk, column));
-    uint8_t* codes = to.codes + (n * strides.blocks + block) * strides.block_bytes;
-    for (int32_t k = 0; k < s.block; k++)
-        or_bits(codes, (int64_t)k * s.bits, read_code(chunk, s.bits, in_chunk * s.block + k, column));
+}
+
+// One chunk of a strip; zero points go into memory that is zero.
+void unpack_chunk(const PackedWeight& w, const NBitsStrides& strides, int64_t index, const StripColumns& real,
+                  const uint8_t* chunk, const NBitsArrays& to) {
+    const PackedScheme& s = w.scheme;
+    const int64_t first_block = index * chunk_blocks(s), first_row = index * w.chunk_rows;
+    const int64_t stream_rows = strides.blocks * s.block;
+    for (int32_t column = 0; column < real.count; column++) {
+        const int64_t n = real.first + column;
+        for (int64_t block = first_block; block < first_block + chunk_blocks(s) && block < strides.blocks; block++)
+            unpack_block(w, strides, block, n, column, chunk, to);
+        for (int32_t k = 0; k < w.chunk_rows && first_row + k < stream_rows; k += kGroupCodes) {
+            const int64_t left = stream_rows - first_row - k;
+            uint8_t* stream = to.codes + n * strides.column_bytes() + (first_row + k) * s.bits / 8;
+            const uint8_t* place = chunk + k / kGroupCodes * group_chunk_bytes(s.bits);
+            if (left >= kGroupCodes) {
+                unpack_group(s.bits, place, column, stream);
+            } else {
+                uint8_t whole[kGroupCodes];
+                unpack_group(s.bits, place, column, whole);
+                memcpy(stream, whole, (size_t)(left * s.bits / 8));
+            }
+        }
+    }
 }
 
 }  // namespace
@@ -174,33 +232,26 @@ void pack_weight(const NBitsArrays& from, const PackedScheme& scheme, int64_t ro
                  int64_t first_strip, int64_t last_strip, uint8_t* packed) {
     const PackedWeight w = view_of(scheme, rows, columns, order, packed + sizeof(PackedHeader));
     const NBitsStrides strides(scheme, rows);
-    const int64_t blocks = w.padded_rows / scheme.block, in_chunk = chunk_blocks(scheme);
     if (first_strip == 0) write_header(w, packed);
     for (int64_t strip = first_strip; strip < last_strip; strip++) {
-        uint8_t* begin = packed + sizeof(PackedHeader) + strip * w.strip_bytes;
         const StripColumns real = columns_of_strip(w, strip);
-        memset(begin, 0, (size_t)w.strip_bytes);
-        for (int32_t column = 0; column < kStripColumns; column++)
-            for (int64_t block = 0; block < blocks; block++)
-                pack_block(from, w, strides, block, column < real.count ? real.first + column : -1, column,
-                           begin + block / in_chunk * w.chunk_bytes);
+        uint8_t* chunk = packed + sizeof(PackedHeader) + strip * w.strip_bytes;
+        for (int64_t index = 0; index < w.chunks; index++, chunk += w.chunk_bytes) {
+            memset(chunk, 0, (size_t)w.chunk_bytes);
+            pack_chunk(from, w, strides, index, real, chunk);
+        }
     }
 }
 
 void unpack_weight(const PackedWeight& from, int64_t first_strip, int64_t last_strip, const NBitsArrays& to) {
     const NBitsStrides strides(from.scheme, from.rows);
-    const int64_t in_chunk = chunk_blocks(from.scheme);
     for (int64_t strip = first_strip; strip < last_strip; strip++) {
         const StripColumns real = columns_of_strip(from, strip);
-        for (int32_t column = 0; column < real.count; column++) {
-            const int64_t n = real.first + column;
-            memset(to.codes + n * strides.blocks * strides.block_bytes, 0,
-                   (size_t)(strides.blocks * strides.block_bytes));
-            if (from.scheme.zero_points) memset(to.zero_points + n * strides.zero_bytes, 0, (size_t)strides.zero_bytes);
-            for (int64_t block = 0; block < strides.blocks; block++)
-                unpack_block(from, strides, block, n, column,
-                             from.strips + strip * from.strip_bytes + block / in_chunk * from.chunk_bytes, to);
-        }
+        if (from.scheme.zero_points)
+            memset(to.zero_points + real.first * strides.zero_bytes, 0, (size_t)(real.count * strides.zero_bytes));
+        const uint8_t* chunk = from.strips + strip * from.strip_bytes;
+        for (int64_t index = 0; index < from.chunks; index++, chunk += from.chunk_bytes)
+            unpack_chunk(from, strides, index, real, chunk, to);
     }
 }
 
