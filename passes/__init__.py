@@ -30,9 +30,13 @@ from onnxslim_llm.passes.fuse.keep_last_logits import KeepLastLogits
 from onnxslim_llm.passes.fuse.pack_projections import PackProjections
 from onnxslim_llm.passes.fuse.simplify_masks import SimplifyMasks
 from onnxslim_llm.passes.lower.convert_opset import ConvertOpset
+from onnxslim_llm.passes.lower.fix_shapes import FixShapes
+from onnxslim_llm.passes.lower.legalize_indices import LegalizeIndices
+from onnxslim_llm.passes.lower.legalize_masks import LegalizeMasks
 from onnxslim_llm.passes.lower.lower_attention import LowerAttention
 from onnxslim_llm.passes.lower.lower_contrib_ops import LowerContribOps
 from onnxslim_llm.passes.lower.lower_kv_cache import LowerKvCache
+from onnxslim_llm.passes.lower.lower_npu_ops import LowerNpuOps
 from onnxslim_llm.passes.lower.lower_ort_cpu import LowerOrtCpu
 from onnxslim_llm.passes.lower.lower_ort_cpu_ops import LowerOrtCpuOps
 from onnxslim_llm.passes.lower.lower_portable import LowerPortable
@@ -40,6 +44,7 @@ from onnxslim_llm.passes.lower.lower_standard_ops import LowerStandardOps
 from onnxslim_llm.passes.lower.raise_block_weights import RaiseBlockWeights
 from onnxslim_llm.passes.prune.prune_weights import PruneWeights
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
+from onnxslim_llm.passes.quantize.rotate_residual import RotateResidual
 from onnxslim_llm.passes.quantize.scale_channels import ScaleChannels
 from onnxslim_llm.rewrite.passes import Pass
 
@@ -70,13 +75,18 @@ PASSES: tuple[type[Pass], ...] = (
     KeepLastLogits,
     FoldEmbeddingScale,
     ScaleChannels,
+    RotateResidual,
     PruneWeights,
     QuantizeWeights,
     PackProjections,
     RaiseBlockWeights,
+    FixShapes,
     ConvertOpset,
     LowerKvCache,
     LowerAttention,
+    LowerNpuOps,
+    LegalizeMasks,
+    LegalizeIndices,
     LowerStandardOps,
     LowerContribOps,
     LowerPortable,

@@ -107,6 +107,7 @@ class FoldSite:
         makers: The constants that are divided by the factors.
         channels: [K]: which of the maker's channels each channel of x comes from; several query heads share the values
             of one key head.
+        mixable: Whether channels of one head of values could be mixed as well as scaled.
         cache: The output of the attention that hands the values on, if there is one.
     """
 
@@ -115,6 +116,7 @@ class FoldSite:
     products: tuple[Product, ...]
     makers: tuple[Maker, ...]
     channels: Array
+    mixable: bool = False
     cache: str = ""
 
 
@@ -263,7 +265,8 @@ def _of_values(constants: Constants, node: gs.Node, tensor: gs.Tensor, products:
     channel = np.arange(size)
     channels = channel // width // (queries // keys) * width + channel % width
     cache = node.outputs[2].name if len(node.outputs) > _BIAS else ""
-    return FoldSite(tensor.name, "values", products, found, channels, cache)
+    mixable = all(maker.node.op in ("MatMul", "Gemm", "Add") for maker in found)
+    return FoldSite(tensor.name, "values", products, found, channels, mixable, cache)
 
 
 def _of_product(
