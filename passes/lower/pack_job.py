@@ -109,9 +109,9 @@ class PackJob(WeightJob):
                     reads += [(before + i, 0, weight.nbytes) for i, weight in enumerate(half.inputs)]
                 else:
                     reads += [(before + i, first, last) for i, first, last in found.reads]
-            columns.append([np.concatenate([a for p in pieces for a in p[i]]) for i in range(len(half.outputs))])
+            columns.append([_joined([a for p in pieces for a in p[i]]) for i in range(len(half.outputs))])
             before += len(half.inputs)
-        arrays = [np.concatenate([half[i] for half in columns]) for i in range(len(columns[0]))]
+        arrays = [_joined([half[i] for half in columns]) for i in range(len(columns[0]))]
         return TileOutput(self._writes(tile, arrays), stats, reads)
 
     def _writes(self, tile: Tile, arrays: list[Array]) -> list[tuple[int, int, Any]]:
@@ -149,6 +149,11 @@ class PackJob(WeightJob):
                 prefix = f"{number}{_STATS_SEPARATOR}{place}{_STATS_SEPARATOR}"
                 result.append({k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)})
         return result
+
+
+def _joined(arrays: list[Array]) -> Array:
+    """Return arrays one after the other; a single one as it is."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _by_output(output: TileOutput) -> dict[int, list[Array]]:
