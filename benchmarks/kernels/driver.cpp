@@ -7,7 +7,9 @@
 
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <functional>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -27,8 +29,8 @@ double now() {
       .count();
 }
 
-// Threads that spin for work, as an inference runtime's do, and sleep when
-// there is none for a while.
+// Threads that spin for work, as an inference runtime's do, but only between
+// wake and rest: what is measured next finds the processors idle.
 class Pool {
 public:
   explicit Pool(int threads) : threads_(threads) {
@@ -36,10 +38,21 @@ public:
       workers_.emplace_back([this, i] { serve(i); });
   }
   ~Pool() {
+    wake();
     stop_ = true;
     for (auto &worker : workers_)
       worker.join();
   }
+  // Returns when all threads spin.
+  void wake() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      resting_ = false;
+    }
+    awake_.notify_all();
+    run(threads_, [](int64_t) {});
+  }
+  void rest() { resting_ = true; }
   // Calls task(unit) for all units; threads take the next one as they get free.
   void run(int64_t units, const std::function<void(int64_t)> &task) {
     if (threads_ == 1 || units == 1) {
@@ -72,6 +85,10 @@ private:
     while (!stop_.load(std::memory_order_relaxed)) {
       const int64_t round = round_.load(std::memory_order_acquire);
       if (round == seen) {
+        if (resting_.load(std::memory_order_relaxed)) {
+          std::unique_lock<std::mutex> lock(mutex_);
+          awake_.wait(lock, [this] { return !resting_; });
+        }
         pause();
         continue;
       }
@@ -86,7 +103,16 @@ private:
   int64_t units_ = 0;
   std::atomic<int64_t> next_{0}, round_{0};
   std::atomic<int> left_{0};
-  std::atomic<bool> stop_{false};
+  std::atomic<bool> stop_{false}, resting_{true};
+  std::mutex mutex_;
+  std::condition_variable awake_;
+};
+
+// A pool that is awake for the time of one measurement.
+struct Awake {
+  explicit Awake(void *pool) : pool(*(Pool *)pool) { this->pool.wake(); }
+  ~Awake() { pool.rest(); }
+  Pool &pool;
 };
 
 } // namespace
@@ -103,7 +129,8 @@ BENCH_EXPORT double bench_matmul(void *pool, const uint8_t *packed,
                                  int64_t m, int32_t accuracy, int32_t isa,
                                  int32_t threads, void *scratch,
                                  int64_t scratch_bytes) {
-  Pool &workers = *(Pool *)pool;
+  const Awake awake(pool);
+  Pool &workers = awake.pool;
   const double start = now();
   for (int64_t i = 0; i < copies; i++) {
     osl::MatMulProblem problem = {};
@@ -308,8 +335,9 @@ BENCH_EXPORT double bench_peak(void *pool, int32_t threads, int32_t index) {
   if (!osl::supports(peak.isa))
     return 0;
   constexpr int64_t kTurns = 100000;
+  const Awake awake(pool);
   const double start = now();
-  ((Pool *)pool)->run(threads, [&](int64_t) { peak.loop(kTurns); });
+  awake.pool.run(threads, [&](int64_t) { peak.loop(kTurns); });
   return peak.operations * kTurns * threads / (now() - start);
 }
 
@@ -318,9 +346,10 @@ BENCH_EXPORT double bench_read(void *pool, int32_t threads, const char *buffer,
                                int64_t bytes) {
   const auto read =
       osl::supports(osl::kIsaAvx512Vnni) ? read_wide : read_narrow;
-  const double start = now();
   const int64_t parts = threads * 8, part = bytes / parts / 4096 * 4096;
-  ((Pool *)pool)->run(parts, [&](int64_t i) {
+  const Awake awake(pool);
+  const double start = now();
+  awake.pool.run(parts, [&](int64_t i) {
     read(buffer + i * part, i + 1 < parts ? part : bytes - i * part);
   });
   return now() - start;

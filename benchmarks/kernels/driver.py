@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,18 @@ class Driver:
         """Seconds to read all of a buffer once."""
         return float(self._lib.bench_read(self._pool, self.threads, buffer.ctypes.data, buffer.size))
 
-    def peaks(self, repeats: int = 9) -> dict[str, float]:
-        """Operations per second by name; best of ``repeats``, because a limit is what can be reached."""
-        found: dict[str, float] = {}
+    def peak(self, index: int) -> float:
+        """Operations per second of one limit, on all threads."""
+        return float(self._lib.bench_peak(self._pool, self.threads, index))
+
+    @cached_property
+    def peaks(self) -> dict[str, int]:
+        """Numbers of the limits that this machine has, by name."""
+        found: dict[str, int] = {}
         index = 0
         while name := self._lib.bench_peak_name(index):
-            runs = [self._lib.bench_peak(self._pool, self.threads, index) for _ in range(repeats)]
-            if max(runs) > 0:
-                found[name.decode()] = max(runs)
+            if self.peak(index) > 0:
+                found[name.decode()] = index
             index += 1
         return found
 

@@ -91,6 +91,7 @@ class OrtPeer:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # at the end of a run: others are next
         self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         self._x = np.random.default_rng(0).standard_normal((rows, k)).astype(np.float32)
 
