@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,7 @@ class Calibrator:
     progress: Progress
     notes: list[str] = field(default_factory=list)
     _statistics: Statistics | None = field(default=None, repr=False)
+    _data: Calibration | None = field(default=None, repr=False)
     _ranges: dict[str, NDArray[Any]] | None = field(default=None, repr=False)
 
     def statistics(self) -> Statistics | None:
@@ -91,8 +92,24 @@ class Calibrator:
         return self._statistics
 
     def wanted_by(self, passes: Iterable[Pass]) -> Statistics | None:
-        """Return the statistics if one of the passes works from them."""
-        return self.statistics() if any(step.wants_statistics for step in passes) else None
+        """Return the statistics if one of the passes works from them, with gains if one wants these."""
+        steps = list(passes)
+        statistics = self.statistics() if any(step.wants_statistics for step in steps) else None
+        if statistics is None or statistics.gains or not any(step.wants_gains for step in steps):
+            return statistics
+        from onnxslim_llm.stats.gains import measure_gains
+
+        assert self._data is not None
+        self.progress.stage("calibrate: gains", None, "weights")
+        gains = measure_gains(
+            self.source,
+            self._data,
+            statistics,
+            threads=self.threads,
+            progress=lambda done, total: self.progress.advance(done),
+        )
+        self._statistics = replace(statistics, gains=gains)
+        return self._statistics
 
     def cache_ranges_wanted_by(self, passes: Iterable[Pass]) -> dict[str, NDArray[Any]] | None:
         """Return how large the caches' entries become, if one of the passes wants to know.

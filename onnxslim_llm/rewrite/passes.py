@@ -88,6 +88,11 @@ class Pass(ABC):
         return False
 
     @property
+    def wants_gains(self) -> bool:
+        """Whether `Context.statistics` must say, with these options, what errors do to the model's answer."""
+        return False
+
+    @property
     def wants_cache_ranges(self) -> bool:
         """Whether `Context.cache_ranges` must be there with these options."""
         return False

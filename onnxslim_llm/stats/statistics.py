@@ -15,7 +15,7 @@ from onnxslim_llm.stats.moments import Moments
 from onnxslim_llm.stats.taps import Tap
 from onnxslim_llm.stats.transforms import Transform
 
-__all__ = ["Collected", "Statistics", "StoredMoments"]
+__all__ = ["Collected", "Gain", "Statistics", "StoredMoments"]
 
 _INDEX = "taps.json"
 
@@ -31,6 +31,24 @@ class Collected:
 
     fit: Moments
     held: Moments
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What an error of a weight did to the model's answer; see `stats.gains`.
+
+    Attributes:
+        harm: Mean KL divergence in nats, or relative squared difference of an encoder's output.
+        squared: The error: tr(E^T H E) a row of the input for a product's weight, the sum of its squares for a table.
+    """
+
+    harm: float
+    squared: float
+
+    @property
+    def per_square(self) -> float:
+        """The harm of a squared error of 1."""
+        return max(self.harm, 0.0) / self.squared
 
 
 @dataclass(frozen=True)
@@ -83,11 +101,13 @@ class Statistics:
         folder: Where they are stored.
         key: What they are statistics of: model, data and version.
         changes: What passes have done since: by weight, the weight whose input its own was, and how it differs.
+        gains: By weight of the source, what its errors do to the model's answer; empty if that was not measured.
     """
 
     folder: Path
     key: str
     changes: Mapping[str, tuple[str, tuple[Transform, ...]]] = field(default_factory=dict, repr=False)
+    gains: Mapping[str, Gain] = field(default_factory=dict, repr=False)
     _taps: dict[str, tuple[Tap, int]] = field(default_factory=dict, repr=False)  # with the rows seen
 
     def put(self, tap: Tap, fit: Moments, held: Moments) -> None:
@@ -147,6 +167,13 @@ class Statistics:
             stored = self._collected(origin)
             return None if stored is None else stored.transformed(*transforms)
         return self._collected(weight)
+
+    def gain_of(self, weight: str) -> Gain | None:
+        """Return the gain of a product's weight or of a table, by the initializer's name; None if unknown.
+
+        It belongs to the output of the product, so that what passes do to the input does not change it.
+        """
+        return self.gains.get(weight) or self.gains.get(self.changes.get(weight, (weight, ()))[0])
 
     def changed(self, weight: str, *transforms: Transform, origin: str | None = None) -> Statistics:
         """Return the statistics after a pass has changed what a weight is multiplied with; nothing is computed.

@@ -83,6 +83,9 @@ class TieWeights(Pass):
                 if other is kept or id(kept) in gone or id(other) in gone or not equal_transposed(weight, copy):
                     continue
                 _tie(model, kept, other)
+                statistics = context.statistics
+                if statistics is not None and statistics.of_weight(kept.name) is None:
+                    context.statistics = statistics.changed(kept.name, origin=other.name)
                 gone.add(id(other))
                 change.sites.append(other.name)
                 change.detail["bytes"] += copy.nbytes
