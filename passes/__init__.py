@@ -43,6 +43,7 @@ from onnxslim_llm.passes.lower.lower_portable import LowerPortable
 from onnxslim_llm.passes.lower.lower_standard_ops import LowerStandardOps
 from onnxslim_llm.passes.lower.raise_block_weights import RaiseBlockWeights
 from onnxslim_llm.passes.prune.prune_weights import PruneWeights
+from onnxslim_llm.passes.qdq.quantize_activations import QuantizeActivations
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.passes.quantize.rotate_residual import RotateResidual
 from onnxslim_llm.passes.quantize.scale_channels import ScaleChannels
@@ -92,4 +93,5 @@ PASSES: tuple[type[Pass], ...] = (
     LowerPortable,
     LowerOrtCpu,
     LowerOrtCpuOps,
+    QuantizeActivations,
 )

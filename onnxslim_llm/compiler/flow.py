@@ -22,7 +22,7 @@ from onnxslim_llm.compiler.calibration import SELF, Calibrator
 from onnxslim_llm.compiler.client_files import write_client_files
 from onnxslim_llm.compiler.defaults import default_output, default_recipe, rounds_activations
 from onnxslim_llm.compiler.fusion import FusionCensus
-from onnxslim_llm.compiler.lowering import KvCache, check_opset, intake_passes, lowering_passes
+from onnxslim_llm.compiler.lowering import KvCache, check_opset, in_order, intake_passes, lowering_passes
 from onnxslim_llm.compiler.nonfinite import NonFinite, nonfinite_weights
 from onnxslim_llm.compiler.observation import make_observer
 from onnxslim_llm.compiler.progress import Progress, Silent
@@ -151,7 +151,7 @@ def compile(  # noqa: A001
         calibrator = Calibrator(path, given, staging.directory / STATISTICS_NAME, account.threads, progress)
         text = given if given and str(given) != SELF and given.suffix != ".jsonl" else None
         judge = Judge(path, goal, chosen, verify, text, account.threads, progress, calibrator)
-        passes = [*intake_passes(goal), *chosen.build(), *lowering_passes(goal, kv_cache, opset)]
+        passes = [*intake_passes(goal), *in_order(chosen.build(), lowering_passes(goal, kv_cache, opset))]
         job = _Job(passes, goal, staging, account, progress, judge, calibrator, memory_limit)
         verified = job.run(model)
         if kv_cache == "int8" and verified is not None and verified.kl_mean is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Literal
 
@@ -13,11 +14,12 @@ from onnxslim_llm.rewrite.pipeline import Pipeline
 from onnxslim_llm.rewrite.registry import make_pass
 from onnxslim_llm.targets import Target
 
-__all__ = ["KvCache", "check_opset", "intake_passes", "lowering_passes"]
+__all__ = ["KvCache", "check_opset", "in_order", "intake_passes", "lowering_passes"]
 
 KvCache = Literal["separate", "shared", "int8"]
 _CONTRIB_DOMAIN = "com.microsoft"
 _OPSET = "opset"
+_SHARING = "deduplicate_initializers"
 
 
 def intake_passes(target: Target) -> list[Pass]:
@@ -47,6 +49,17 @@ def lowering_passes(target: Target, kv_cache: KvCache, opset: int | None) -> lis
         replace(step, **{_OPSET: opset}) if any(f.name == _OPSET for f in fields(step)) else step for step in lowering
     ]
     return [make_pass("convert_opset", {"version": opset}), *wanted, *lowering]
+
+
+def in_order(recipe: Sequence[Pass], lowering: Sequence[Pass]) -> list[Pass]:
+    """Return a recipe's passes and the lowering in the order in which a compile runs them.
+
+    What works on the target's operators comes last, before the lowering's final sharing of equal initializers.
+    """
+    early = [step for step in recipe if not step.after_lowering]
+    late = [step for step in recipe if step.after_lowering]
+    end = len(lowering) - (bool(late) and bool(lowering) and lowering[-1].name == _SHARING)
+    return [*early, *lowering[:end], *late, *lowering[end:]]
 
 
 def check_opset(target: Target, opset: int | None, have: int | None = None) -> None:

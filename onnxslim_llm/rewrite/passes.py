@@ -68,12 +68,14 @@ class Pass(ABC):
         group: The folder under passes/ that it lives in.
         lossless: True if the results stay numerically equal (up to float rounding of reordered operations).
         stage: Where it stands among the passes that change weights; None for passes that may stand anywhere.
+        after_lowering: Whether it works on the target's operators: compiles run it behind the lowering.
     """
 
     name: ClassVar[str]
     group: ClassVar[str]
     lossless: ClassVar[bool] = True
     stage: ClassVar[Stage | None] = None
+    after_lowering: ClassVar[bool] = False
 
     def requires(self, model: Model, context: Context) -> None:  # noqa: B027 (an empty precondition is the default)
         """Check what must hold before.
