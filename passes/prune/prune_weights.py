@@ -51,9 +51,10 @@ class PruneWeights(Pass):
             ...: blocks of so many rows of K and columns.
         method: "magnitude" needs no data; "wanda" weighs magnitudes by the inputs; "sparsegpt" also makes up for every
             zero in the weights that come after it. A weight that no data reach is pruned by magnitude.
-        refit: With data, compute the kept weights' least-squares values, where that helps on held-out samples.
+        refit: Compute the kept weights' least-squares values, where that helps on held-out samples; needs data. Default:
+            yes, but not with "magnitude".
         allocation: "uniform" prunes all weights alike; "outliers" takes less from those with more outliers (OWL, Yin et
-            al. 2023, arXiv 2310.05175); "error" takes what costs the least share of any product's output.
+            al. 2023, arXiv 2310.05175).
         steps: Choose the zeros in so many steps and fit after each.
         error_limit: Stop a weight before its relative output error exceeds this; 0: never. Needs data.
         min_elements: Smaller weights are left alone.
@@ -68,7 +69,7 @@ class PruneWeights(Pass):
     sparsity: float = 0.5
     pattern: str = "unstructured"
     method: Method = "sparsegpt"
-    refit: bool = True
+    refit: bool | None = None
     allocation: Allocation = "uniform"
     steps: int = 1
     error_limit: float = 0.0
@@ -92,7 +93,7 @@ class PruneWeights(Pass):
     @property
     def wants_statistics(self) -> bool:
         """Whether calibration data are needed."""
-        return self.method != "magnitude" or self.allocation != "uniform"
+        return self.method != "magnitude" or self.allocation != "uniform" or bool(self.refit or self.error_limit)
 
     def requires(self, model: Model, context: Context) -> None:
         """Check that there are data where they are needed.
@@ -100,9 +101,9 @@ class PruneWeights(Pass):
         Raises:
             UsageError: There are none.
         """
-        if context.statistics is None and (self.wants_statistics or self.error_limit):
-            todo = "give --calib FILE, --calib self (text sampled from the model), or method=magnitude"
-            raise UsageError(f"method '{self.method}' needs calibration data", where=self.name, todo=todo)
+        if context.statistics is None and self.wants_statistics:
+            todo = "give --calib FILE, --calib self (text sampled from the model), or use method=magnitude alone"
+            raise UsageError("these options need calibration data", where=self.name, todo=todo)
 
     def apply(self, model: Model, context: Context) -> Change:
         """Record the work; it is done at save."""
@@ -114,12 +115,13 @@ class PruneWeights(Pass):
         pattern = Pattern.parse(self.pattern, self.name)
         overall = self.sparsity if pattern.sparsity is None else pattern.sparsity
         shares = allocate(self.allocation, chosen, overall)
+        refit = self.method != "magnitude" if self.refit is None else self.refit
         tensors = []
         for (group, moments), sparsity in zip(chosen, shares, strict=True):
             method = self.method if moments is not None else "magnitude"
             if method != self.method:
                 change.skip(group.name, "no calibration data reach it: pruned by magnitude")
-            request = Request(sparsity, pattern, method, self.refit, self.steps, self.error_limit)
+            request = Request(sparsity, pattern, method, refit, self.steps, self.error_limit)
             (pruned,) = derive(PruneJob(group.source, group.k_axis, request, group.name, moments))
             for constant in _constants(group):
                 constant.values = pruned
