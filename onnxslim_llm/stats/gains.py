@@ -44,7 +44,7 @@ _AMPLITUDE = 0.05
 _LARGEST_FACTOR = 4096
 _SMALLEST_TABLE = 4096  # elements
 _FILE = "gains.json"
-_VERSION = 1
+_VERSION = 2
 
 
 def measure_gains(
@@ -94,7 +94,7 @@ def measure_gains(
         )
         if squared > 0:
             harm = judge.harm({name: (weight.astype(np.float32) + change).astype(weight.dtype)}, name)
-            gains[name] = Gain(harm, squared)
+            gains[name] = Gain(harm, squared, name in tables)
         if progress is not None:
             progress(done + 1, len(names))
     content = {"key": key, "gains": {name: asdict(gain) for name, gain in gains.items()}}

@@ -40,10 +40,12 @@ class Gain:
     Attributes:
         harm: Mean KL divergence in nats, or relative squared difference of an encoder's output.
         squared: The error: tr(E^T H E) a row of the input for a product's weight, the sum of its squares for a table.
+        of_table: Which of both it is.
     """
 
     harm: float
     squared: float
+    of_table: bool = False
 
     @property
     def per_square(self) -> float:
@@ -168,12 +170,9 @@ class Statistics:
             return None if stored is None else stored.transformed(*transforms)
         return self._collected(weight)
 
-    def gain_of(self, weight: str) -> Gain | None:
-        """Return the gain of a product's weight or of a table, by the initializer's name; None if unknown.
-
-        It belongs to the output of the product, so that what passes do to the input does not change it.
-        """
-        return self.gains.get(weight) or self.gains.get(self.changes.get(weight, (weight, ()))[0])
+    def origin_of(self, weight: str) -> str:
+        """Return the weight of the source model whose product a weight makes now: the one that has a gain."""
+        return self.changes.get(weight, (weight, ()))[0]
 
     def changed(self, weight: str, *transforms: Transform, origin: str | None = None) -> Statistics:
         """Return the statistics after a pass has changed what a weight is multiplied with; nothing is computed.

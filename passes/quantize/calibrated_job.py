@@ -43,6 +43,7 @@ class CalibratedJob(QuantizeJob):
     Args:
         source: As in `QuantizeJob`, and so are `k_axis`, `scheme`, `name` and `layout`.
         moments: Of the input of the product.
+        ridge: Added to the diagonal of the mean of H: what errors cost beside the product, in a table of look-ups.
     """
 
     def __init__(
@@ -53,14 +54,16 @@ class CalibratedJob(QuantizeJob):
         name: str,
         moments: StoredMoments,
         layout: BlockLayout = "blocked_kn",
+        ridge: float = 0.0,
     ) -> None:
         super().__init__(source, k_axis, scheme, name, layout)
         self.moments = moments
-        self.fingerprint = f"calibrated v{_VERSION} {moments.digest} {self.fingerprint}"
+        self.ridge = ridge
+        self.fingerprint = f"calibrated v{_VERSION} {moments.digest} ridge={ridge!r} {self.fingerprint}"
 
     def with_layout(self, layout: BlockLayout) -> CalibratedJob:
         """Return the same work with its result in another layout."""
-        return CalibratedJob(self.inputs[0], self.k_axis, self.scheme, self.name, self.moments, layout)
+        return CalibratedJob(self.inputs[0], self.k_axis, self.scheme, self.name, self.moments, layout, self.ridge)
 
     @property
     def _by_rows(self) -> bool:
@@ -80,7 +83,7 @@ class CalibratedJob(QuantizeJob):
         if bad.any():
             stats["first_nonfinite"] = self._first_nonfinite(piece, tile)
             piece[bad] = 0
-        prepared = _PREPARED.of(self.moments)
+        prepared = _PREPARED.of(self.moments, self.ridge)
         best, errors = self._best(piece, prepared)
         buffers = TileBuffers.allocate(self._spec, Layout(self.layout), *piece.shape)
         block = self._spec.block_rows(self.rows)
@@ -167,26 +170,28 @@ class _Cache:
     """The last few prepared statistics, made once for all tiles and threads."""
 
     def __init__(self) -> None:
-        self._made: OrderedDict[tuple[Path, str], _Prepared] = OrderedDict()
+        self._made: OrderedDict[tuple[Path, str, float], _Prepared] = OrderedDict()
         self._lock = threading.Lock()
 
-    def of(self, moments: StoredMoments) -> _Prepared:
-        key = (moments.file, moments.digest)
+    def of(self, moments: StoredMoments, ridge: float) -> _Prepared:
+        key = (moments.file, moments.digest, ridge)
         with self._lock:
             if key not in self._made:
-                self._made[key] = _prepare(moments)
+                self._made[key] = _prepare(moments, ridge)
                 while len(self._made) > _KEPT:
                     self._made.popitem(last=False)
             self._made.move_to_end(key)
             return self._made[key]
 
 
-def _prepare(moments: StoredMoments) -> _Prepared:
+def _prepare(moments: StoredMoments, ridge: float) -> _Prepared:
     collected = moments.load()
-    assert collected.fit.gram is not None, moments.file
-    assert collected.held.gram is not None, moments.file
-    importance = collected.fit.mean_square.astype(np.float32)
-    return _Prepared(importance, inverse_factor(collected.fit.gram), collected.held.gram.astype(np.float32))
+    grams = []
+    for part in (collected.fit, collected.held):
+        assert part.gram is not None, moments.file
+        grams.append(part.gram + ridge * part.count * np.eye(part.size))
+    importance = (collected.fit.mean_square + ridge).astype(np.float32)
+    return _Prepared(importance, inverse_factor(grams[0]), grams[1].astype(np.float32))
 
 
 _PREPARED = _Cache()

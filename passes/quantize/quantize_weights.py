@@ -21,7 +21,15 @@ from onnxslim_llm.ir.weights import Weight, constant
 from onnxslim_llm.ir.weights.jobs import derive
 from onnxslim_llm.passes.quantize.calibrated_job import CalibratedJob
 from onnxslim_llm.passes.quantize.job import QuantizeJob
-from onnxslim_llm.passes.quantize.settings import ScaleType, Settings, check_scheme, check_scopes, compile_patterns
+from onnxslim_llm.passes.quantize.mixed_precision import FORMS, Demand, share_out, tied_ridge
+from onnxslim_llm.passes.quantize.settings import (
+    BITS,
+    ScaleType,
+    Settings,
+    check_scheme,
+    check_scopes,
+    compile_patterns,
+)
 from onnxslim_llm.products.attention import SENSITIVE, Sensitive
 from onnxslim_llm.products.sites import Site, WeightGroup, find_groups
 from onnxslim_llm.rewrite.context import Context
@@ -86,6 +94,11 @@ class QuantizeWeights(Pass):
         exclude: Regular expressions; weights with a match in their own name or in that of a reader are left alone.
         scopes: Other options by name: each entry has `match`, a regular expression as in `exclude`, and any of bits (0
             leaves alone), block, symmetric, method, scale_dtype. Later entries win.
+        target_bits: Bits per weight, scales and zero points included, that all weights together may take; 0 leaves the
+            choice to the other options. Otherwise bits and blocks are shared out so that the expected KL divergence is
+            least, and `bits`, `block` and the options by role do not count, except that 0 leaves alone. Scopes that
+            name bits or a block hold.
+        widths: Bits that weights may get by `target_bits`; default: all that the target can store.
         scale_dtype: Type that scales are stored in: "activation" is that of the activations; "float16" saves
             16 / block bits a weight, and the runtime converts them when it loads the model.
     """
@@ -107,12 +120,19 @@ class QuantizeWeights(Pass):
     exclude: tuple[str, ...] = ()
     scopes: tuple[dict[str, Any], ...] = ()
     scale_dtype: ScaleType = "float16"
+    target_bits: float = 0.0
+    widths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         where = self.name
         check_scheme(self.options(), where)
         for option in ("embedding_bits", "lm_head_bits", "sensitive_bits"):
             check_scheme({"bits": getattr(self, option)}, f"{where}.{option}", may_be_left=True)
+        for width in self.widths:
+            check_scheme({"bits": width}, f"{where}.widths")
+        if self.target_bits < 0:
+            todo = "give the bits per weight, 4.5 say, or 0"
+            raise UsageError(f"target_bits = {self.target_bits!r} is not possible", where=where, todo=todo)
         compile_patterns(self.exclude, f"{where}.exclude")
         check_scopes(self.scopes, where)
 
@@ -128,7 +148,8 @@ class QuantizeWeights(Pass):
         if context.target is None:
             return
         roles = {self.embedding_bits, self.lm_head_bits, self.sensitive_bits}
-        asked = {self.bits, *roles, *(scope.get("bits", 0) for scope in self.scopes)}
+        usual = set(self.widths) if self.target_bits else {self.bits, *roles}
+        asked = usual | {scope.get("bits", 0) for scope in self.scopes}
         missing = sorted(asked - {0} - set(context.target.weight_bits))
         if missing:
             can = ", ".join(map(str, context.target.weight_bits))
@@ -140,6 +161,11 @@ class QuantizeWeights(Pass):
         """Whether any weight may be quantized by calibration data."""
         return "calibrated" in (self.method, *(scope.get("method") for scope in self.scopes))
 
+    @property
+    def wants_gains(self) -> bool:
+        """Whether bits are shared out by what errors do to the answer."""
+        return self.wants_statistics and self.target_bits > 0
+
     def apply(self, model: Model, context: Context) -> Change:
         """Replace the products and look-ups; the weight work itself is recorded and done at save.
 
@@ -148,40 +174,57 @@ class QuantizeWeights(Pass):
         """
         change = Change()
         infer_shapes(model)
-        chosen = self._choose(model, change)
+        chosen = self._choose(model, change, context)
         if not chosen:
             return change
-        opset, ir_version = (max(needs) for needs in zip(*(_NEEDS[s.bits] for _, s in chosen), strict=True))
+        opset, ir_version = (max(needs) for needs in zip(*(_NEEDS[s.bits] for _, s, _ in chosen), strict=True))
         if (model.opset() or 0) < opset:
             convert_opset(model, opset)
             follow_opset(model)
             change = Change(detail={"converted_to_opset": opset})
-            chosen = self._choose(model, change)
+            chosen = self._choose(model, change, context)
         model.graph.ir_version = max(model.graph.ir_version or 0, ir_version)
         _Replacement(model, change, context.statistics).replace(chosen)
         return change
 
-    def plan(self, model: Model) -> dict[str, WeightScheme]:
+    def plan(self, model: Model, context: Context) -> dict[str, WeightScheme]:
         """Return how weights of the model as it is would be coded, by the initializers' names."""
         infer_shapes(model)
-        return {group.name: scheme for group, scheme in self._choose(model, Change())}
+        return {group.name: scheme for group, scheme, _ in self._choose(model, Change(), context)}
 
-    def _choose(self, model: Model, change: Change) -> list[tuple[WeightGroup, WeightScheme]]:
+    def _choose(self, model: Model, change: Change, context: Context) -> list[_Chosen]:
         exclude = compile_patterns(self.exclude, self.name)
-        chosen = []
+        demands = []
         for group in find_groups(model, change):
             names = [group.name, *(site.node.name for site in group.sites)]
-            settings = self._settings(group).in_scopes(self.scopes, names)
+            settings = self._settings(group)
+            scoped = settings.in_scopes(self.scopes, names)
             pattern = next((p.pattern for p in exclude if any(p.search(name) for name in names)), None)
             if pattern is not None:
                 change.skip(group.name, f"it is excluded by '{pattern}'")
             elif group.source.size < self.min_elements:
                 change.skip(group.name, f"{group.source.size} elements, fewer than min_elements = {self.min_elements}")
-            elif settings.bits == 0:
+            elif scoped.bits == 0:
                 change.skip(group.name, "its bits are set to 0")
             else:
-                chosen.append((group, settings.scheme(group.rows, group.columns, group.sites[0].computes_in)))
-        return chosen
+                free = (scoped.bits, scoped.block) == (settings.bits, settings.block) and self.target_bits > 0
+                demands.append(Demand(group, self._schemes(group, scoped, context, free=free)))
+        if not self.target_bits:
+            return [(demand.group, demand.schemes[0], {}) for demand in demands]
+        schemes, accounts = share_out(demands, self.target_bits, context.statistics, self.name)
+        return list(zip((d.group for d in demands), schemes, accounts, strict=True))
+
+    def _schemes(
+        self, group: WeightGroup, settings: Settings, context: Context, *, free: bool
+    ) -> tuple[WeightScheme, ...]:
+        allowed = self.widths or (context.target.weight_bits if context.target else BITS)
+        forms = [form for form in FORMS if form[0] in allowed] if free else [(settings.bits, settings.block)]
+        computes_in = group.sites[0].computes_in
+        made = (
+            replace(settings, bits=bits, block=block).scheme(group.rows, group.columns, computes_in)
+            for bits, block in forms
+        )
+        return tuple(dict.fromkeys(made))
 
     def _settings(self, group: WeightGroup) -> Settings:
         linear = self.sensitive_bits if group.sensitive & set(self.sensitive) else self.bits
@@ -190,6 +233,9 @@ class QuantizeWeights(Pass):
         bits = max(widths) if all(widths) else 0
         block = self.block if bits <= self.bits else max(self.block, LONG_BLOCK)
         return Settings(bits, block if self.block else 0, self.symmetric, self.method, self.scale_dtype)
+
+
+_Chosen = tuple[WeightGroup, WeightScheme, dict[str, Any]]
 
 
 class _Replacement:
@@ -203,10 +249,10 @@ class _Replacement:
         self.replaced: dict[int, list[gs.Node]] = {}
         self.removed: list[gs.Node] = []
 
-    def replace(self, chosen: list[tuple[WeightGroup, WeightScheme]]) -> None:
+    def replace(self, chosen: list[_Chosen]) -> None:
         stored: dict[Hashable, int] = {}
         tensors = []
-        for group, scheme in chosen:
+        for group, scheme, account in chosen:
             job = self._job(group, scheme)
             derived = derive(job)
             # One set of constants per graph: ONNX Runtime does not fuse what a subgraph reads from the graph around it.
@@ -217,10 +263,10 @@ class _Replacement:
                 self._replace_site(site, job, codes[id(site.graph)])
             self.change.sites.append(group.name)
             stored.update((w.storage_key, w.nbytes) for w in derived)
-            tensors.append(_entry(group, scheme, sum(w.nbytes for w in derived)))
+            tensors.append(_entry(group, scheme, sum(w.nbytes for w in derived)) | account)
         replace_nodes(self.model, self.replaced)
         counts = Counter(str(entry["bits"]) for entry in tensors)
-        elements = sum(group.source.size for group, _ in chosen)
+        elements = sum(group.source.size for group, _, _ in chosen)
         self.change.detail.update(
             weights_by_bits=dict(sorted(counts.items())),
             bits_per_weight=round(8 * sum(stored.values()) / elements, 3),
@@ -231,8 +277,9 @@ class _Replacement:
     def _job(self, group: WeightGroup, scheme: WeightScheme) -> QuantizeJob:
         if scheme.method == "calibrated":
             moments = self.statistics.of_weight(group.name) if self.statistics else None
-            if moments is not None and moments.size == group.rows and "embedding" not in group.roles:
-                return CalibratedJob(group.source, group.k_axis, scheme, group.name, moments)
+            ridge = tied_ridge(group, self.statistics)
+            if moments is not None and moments.size == group.rows and ("embedding" not in group.roles or ridge > 0):
+                return CalibratedJob(group.source, group.k_axis, scheme, group.name, moments, ridge=ridge)
             if "embedding" not in group.roles:
                 self.change.skip(group.name, "no calibration data reach it: quantized by search")
             scheme = replace(scheme, method="search")

@@ -99,7 +99,7 @@ class ScaleChannels(Pass):
         change = Change(detail={"inputs": []})
         quantizer = _quantizer(context)
         assert quantizer is not None
-        schemes = quantizer.plan(model)
+        schemes = quantizer.plan(model, context)
         for site in find_fold_sites(model, change):
             reason = self._scale(model, context, site, schemes, change)
             if reason:

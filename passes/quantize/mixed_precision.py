@@ -1,0 +1,188 @@
+"""Bits shared out over the weights of a model, so that its answer suffers least for the bytes.
+
+Every weight is tried in every form on some of its columns. What the error of a form costs is, in nats of KL divergence,
+
+- with calibration data: the weight's gain times the squared error in the product's output. Codes that make up for each
+  other's errors (GPTQ) have the error sum_k e_k^2 / U_kk^2, where e_k is the rounding error of row k and U the upper
+  factor of H^-1: so one plain rounding and one factor predict them;
+- without data: the relative squared error times what such an error costs a weight of its role in other models.
+
+The multiple-choice knapsack does the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxslim_llm.concepts.block_weights import WeightScheme
+from onnxslim_llm.errors import UsageError
+from onnxslim_llm.passes.quantize.knapsack import Choice, choose
+from onnxslim_llm.passes.quantize.trial import columns_of, quickly_coded
+from onnxslim_llm.products.sites import WeightGroup
+from onnxslim_llm.stats.curvature import inverse_factor
+
+if TYPE_CHECKING:
+    from onnxslim_llm.stats.statistics import Statistics
+
+__all__ = ["FORMS", "Demand", "share_out", "stored_bytes", "tied_ridge"]
+
+Array = NDArray[Any]
+
+#: (bits, block) that weights may get. Blocks that are missing have no fast kernel, or are never worth their bytes.
+FORMS = (
+    (2, 32),
+    (2, 64),
+    (3, 16),
+    (3, 32),
+    (3, 64),
+    (4, 16),
+    (4, 32),
+    (4, 64),
+    (4, 128),
+    (8, 32),
+    (8, 128),
+)
+#: Columns that forms are tried on.
+_COLUMNS = 256
+#: KL divergence in nats that a relative error of `_PRIOR_ERROR` in the weights of one role makes: medians over a Llama
+#: of 4.5 M, one of 1 M and one of 0.26 M parameters (docs/weight-only.md).
+_PRIORS = {"lm_head": 6e-3, "embedding": 1e-3, "value": 7e-4, "output": 6e-4, "first_block": 1e-3, "linear": 5e-4}
+_PRIOR_ERROR = 0.0025
+_SCALE_BYTES = {"float32": 4, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A weight and the forms that it may get.
+
+    Attributes:
+        group: The weight.
+        schemes: One or more.
+    """
+
+    group: WeightGroup
+    schemes: tuple[WeightScheme, ...]
+
+
+def share_out(
+    demands: Sequence[Demand], target_bits: float, statistics: Statistics | None, where: str
+) -> tuple[list[WeightScheme], list[dict[str, Any]]]:
+    """Return the scheme of each weight, and what each form of it was expected to cost.
+
+    Args:
+        demands: The weights.
+        target_bits: Bits per weight, scales and zero points included, that all of them together may take.
+        statistics: With gains; None where there are no data.
+        where: For messages.
+
+    Raises:
+        UsageError: Not even the smallest forms fit.
+    """
+    costs = [_costs(demand, statistics) for demand in demands]
+    items = [
+        [Choice(stored_bytes(d.group, s), cost) for s, cost in zip(d.schemes, found, strict=True)]
+        for d, found in zip(demands, costs, strict=True)
+    ]
+    elements = sum(d.group.source.size for d in demands)
+    picked = choose(items, int(target_bits * elements / 8), _uniform(demands))
+    if picked is None:
+        least = 8 * sum(min(c.size for c in item) for item in items) / max(elements, 1)
+        todo = f"ask for {least:.2f} or more, or allow fewer bits"
+        raise UsageError(f"the weights do not fit into {target_bits} bits each", where=where, todo=todo)
+    accounts = [
+        {
+            "expected": {_label(s): float(f"{c:.3g}") for s, c in zip(d.schemes, found, strict=True)},
+            "expected_kl": float(f"{found[i]:.3g}"),
+        }
+        for d, found, i in zip(demands, costs, picked, strict=True)
+    ]
+    return [d.schemes[i] for d, i in zip(demands, picked, strict=True)], accounts
+
+
+def stored_bytes(group: WeightGroup, scheme: WeightScheme) -> int:
+    """Return the bytes of codes, scales and zero points in a layout without padding."""
+    blocks = scheme.block_count(group.rows)
+    zero_bits = 0 if scheme.symmetric else scheme.bits
+    bits = group.rows * scheme.bits + blocks * (zero_bits + 8 * _SCALE_BYTES[scheme.scale_type])
+    return -(-group.columns * bits // 8)
+
+
+def tied_ridge(group: WeightGroup, statistics: Statistics | None) -> float:
+    """Return what the mean H of a tied classifier's input needs on its diagonal to stand for the look-ups, too.
+
+    An error E of the table costs g_head tr(E^T H E) as classifier and g_table |E|^2 as embedding: the same as H plus
+    g_table / g_head on the diagonal.
+    """
+    head, table = _gains(group, statistics)
+    return table / head if head > 0 else 0.0
+
+
+def _gains(group: WeightGroup, statistics: Statistics | None) -> tuple[float, float]:
+    """Return what a squared error costs in the product, and in the table; 0 where it is unknown."""
+    if statistics is None:
+        return 0.0, 0.0
+    product = table = 0.0
+    for name in (group.name, statistics.origin_of(group.name)):
+        gain = statistics.gains.get(name)
+        if gain is not None and gain.of_table:
+            table = gain.per_square
+        elif gain is not None:
+            product = gain.per_square
+    return (product if group.roles - {"embedding"} else 0.0), (table if "embedding" in group.roles else 0.0)
+
+
+def _uniform(demands: Sequence[Demand]) -> Iterable[list[int]]:
+    """Yield the same form for all weights that have it; those that have not get their first one."""
+    labels = dict.fromkeys(_label(scheme) for demand in demands for scheme in demand.schemes)
+    for label in labels:
+        yield [next((i for i, s in enumerate(d.schemes) if _label(s) == label), 0) for d in demands]
+
+
+def _label(scheme: WeightScheme) -> str:
+    return f"{scheme.bits}/{scheme.block}"
+
+
+def _costs(demand: Demand, statistics: Statistics | None) -> list[float]:
+    """Return what each form costs, in nats."""
+    group = demand.group
+    columns = columns_of(group.source, group.k_axis, _COLUMNS)
+    columns[~np.isfinite(columns)] = 0  # told at save, with its place
+    importance, gain = _weights(group, statistics)
+    if gain is None:
+        gain = _prior(group) / (_PRIOR_ERROR * max(float(np.square(columns, dtype=np.float64).sum()), 1e-30))
+        return [gain * float(_row_errors(columns, s, None).sum()) for s in demand.schemes]
+    scale = gain * group.columns / len(columns)
+    return [scale * float(_row_errors(columns, s, importance) @ importance) for s in demand.schemes]
+
+
+def _row_errors(columns: Array, scheme: WeightScheme, importance: Array | None) -> Array:
+    """Return the squared error of each row of W[K, n] when its columns [n, K] are rounded."""
+    plain = replace(scheme, method="search") if scheme.method == "calibrated" and importance is None else scheme
+    weights = np.ones(columns.shape[1], np.float32) if importance is None else importance.astype(np.float32)
+    coded = quickly_coded(columns, plain, weights)
+    result: Array = np.square(columns - coded, dtype=np.float64).sum(axis=0)
+    return result
+
+
+def _weights(group: WeightGroup, statistics: Statistics | None) -> tuple[Array, float | None]:
+    """Return what the squared error of each row counts [K], and the gain; None if no data say it."""
+    ones = np.ones(group.rows)
+    product, table = _gains(group, statistics)
+    moments = statistics.of_weight(group.name) if statistics is not None else None
+    if product > 0 and moments is not None and moments.size == group.rows:
+        fit = moments.load().fit
+        assert fit.gram is not None
+        gram = fit.gram / max(fit.count, 1) + (table / product) * np.eye(group.rows)
+        factor = inverse_factor(gram)
+        return (np.diagonal(gram) if factor is None else 1 / np.square(np.diagonal(factor), dtype=np.float64)), product
+    return (ones, table) if table > 0 else (ones, None)
+
+
+def _prior(group: WeightGroup) -> float:
+    kinds = [kind for kind in _PRIORS if kind in group.roles | group.sensitive]
+    return max(_PRIORS[kind] for kind in kinds)
