@@ -43,6 +43,7 @@ from onnxslim_llm.passes.lower.lower_portable import LowerPortable
 from onnxslim_llm.passes.lower.lower_standard_ops import LowerStandardOps
 from onnxslim_llm.passes.lower.raise_block_weights import RaiseBlockWeights
 from onnxslim_llm.passes.prune.prune_weights import PruneWeights
+from onnxslim_llm.passes.prune.store_sparse import StoreSparse
 from onnxslim_llm.passes.qdq.quantize_activations import QuantizeActivations
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.passes.quantize.rotate_residual import RotateResidual
@@ -78,6 +79,7 @@ PASSES: tuple[type[Pass], ...] = (
     ScaleChannels,
     RotateResidual,
     PruneWeights,
+    StoreSparse,
     QuantizeWeights,
     PackProjections,
     RaiseBlockWeights,

@@ -51,8 +51,8 @@ class PruneWeights(Pass):
             ...: blocks of so many rows of K and columns.
         method: "magnitude" needs no data; "wanda" weighs magnitudes by the inputs; "sparsegpt" also makes up for every
             zero in the weights that come after it. A weight that no data reach is pruned by magnitude.
-        refit: Compute the kept weights' least-squares values, where that helps on held-out samples; needs data. By default
-            it is done, but not with "magnitude".
+        refit: Compute the kept weights' least-squares values, where that helps on held-out samples; needs data. By
+            default it is done, but not with "magnitude".
         allocation: "uniform" prunes all weights alike; "outliers" takes less from those with more outliers (OWL, Yin et
             al. 2023, arXiv 2310.05175).
         steps: Choose the zeros in so many steps and fit after each.

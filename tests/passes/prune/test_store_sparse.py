@@ -1,0 +1,84 @@
+"""`store_sparse`: fewer bytes, the same results, and a model that everybody opens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from block_models import model_of, product, proto, run, skipped, weights
+
+from onnxslim_llm.errors import UsageError
+from onnxslim_llm.ir.model import open_model
+from onnxslim_llm.ir.save import save_model
+from onnxslim_llm.ir.weights import SparseWeight, weight_of
+from onnxslim_llm.passes.prune.prune_weights import PruneWeights
+from onnxslim_llm.passes.prune.store_sparse import StoreSparse
+from onnxslim_llm.rewrite.pipeline import Pipeline
+
+K, N = 128, 96
+
+
+def thinned(zeros: float, dtype: type = np.float32) -> onnx.ModelProto:
+    """A product with a weight that has so many zeros."""
+    weight = weights(1, K, N, dtype=dtype)
+    weight.reshape(-1)[np.random.default_rng(0).permutation(weight.size)[: round(weight.size * zeros)]] = 0
+    text = "agraph (float[m, 128] x) => (float[m, 96] y) { y = MatMul (x, W) }"
+    return proto(text if dtype == np.float32 else text.replace("float[", "float16["), W=weight)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "zeros", "pays"),
+    [(np.float32, 0.66, False), (np.float32, 0.68, True), (np.float16, 0.79, False), (np.float16, 0.81, True)],
+)
+def test_it_pays_above_the_break_even(tmp_path: Path, dtype: type, zeros: float, pays: bool) -> None:
+    source = thinned(zeros, dtype)
+    model = model_of(source)
+    (record,) = Pipeline([StoreSparse()]).run(model)
+    assert bool(record.changed) == pays
+    if not pays:
+        assert "and it pays above" in skipped(record)["W"]
+        return
+    save_model(model, tmp_path / "sparse.onnx")
+    proto = onnx.load(tmp_path / "sparse.onnx")
+    onnx.checker.check_model(proto)  # shape inference of onnx 1.23 knows no products with sparse tensors
+    assert [s.values.name for s in proto.graph.sparse_initializer] == ["W"]
+    assert not proto.graph.initializer
+    (entry,) = record.detail["tensors"]
+    stored = proto.graph.sparse_initializer[0]
+    assert entry["sparse_bytes"] == len(stored.values.raw_data) + len(stored.indices.raw_data)
+    assert proto.ByteSize() < source.ByteSize()
+    feeds = {"x": weights(3, 5, K, dtype=dtype)}
+    np.testing.assert_array_equal(run(tmp_path / "sparse.onnx", feeds), run(source, feeds))
+
+
+def test_half_the_weights_in_three_of_four_places(tmp_path: Path) -> None:
+    """The way from dense to sparse and back: pruned, stored, opened, cleaned up and saved again."""
+    text = "agraph (float[m, 128] x) => (float[m, 96] y) { h = MatMul (x, W) y = MatMul (h, V) }"
+    source = proto(text, W=weights(1, K, N), V=weights(2, N, N))
+    model = model_of(source)
+    Pipeline([PruneWeights(0.75, method="magnitude"), StoreSparse()]).run(model)
+    assert isinstance(weight_of(model.graph.tensors()["W"]), SparseWeight)
+    first = save_model(model, tmp_path / "first.onnx").bytes
+    again = open_model(tmp_path / "first.onnx")
+    Pipeline("cleanup").run(again)
+    assert isinstance(weight_of(again.graph.tensors()["W"]), SparseWeight)
+    assert save_model(again, tmp_path / "second.onnx").bytes <= first
+    feeds = {"x": weights(3, 5, K)}
+    np.testing.assert_array_equal(run(tmp_path / "first.onnx", feeds), run(tmp_path / "second.onnx", feeds))
+
+
+def test_a_wanted_saving_is_asked_for() -> None:
+    (record,) = Pipeline([StoreSparse(min_saving=0.5)]).run(model_of(thinned(0.7)))
+    assert not record.changed
+    with pytest.raises(UsageError, match="min_saving"):
+        StoreSparse(min_saving=1.5)
+
+
+def test_dense_and_small_weights_stay_as_they_are() -> None:
+    model = model_of(product(K, N))
+    (record,) = Pipeline([StoreSparse()]).run(model)
+    assert skipped(record) == {"W": "0.0% zeros, and it pays above 66.7%"}
+    (record,) = Pipeline([StoreSparse(min_elements=10**6)]).run(model)
+    assert not record.skipped
