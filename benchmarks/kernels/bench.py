@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Protocol
 
 from driver import Array, Driver, build, packed_copies, touched
-from ggml_library import GgmlLibrary, installed_folder
-from ggml_peers import GGML_PEERS, GgmlPeer
+from ggml_library import GgmlLibrary
+from ggml_peers import GGML_PEERS, GgmlPeer, usable_folder
 from measurements import Measurement, append, finished, limits_of, load
 from ort_peers import PEERS, OrtPeer
 from tables import markdown, text
@@ -100,9 +100,8 @@ class Bench:
         self._drivers: dict[int, Driver] = {}
         self._ggml: GgmlLibrary | None = None
         if any(peer in GGML_PEERS for peer in arguments.peers):
-            folder = arguments.llama_cpp or installed_folder()
+            folder = usable_folder(arguments.llama_cpp)
             if folder is None:
-                print("llama.cpp is left out: pip install llama-cpp-python, or name its libraries with --llama-cpp")
                 arguments.peers = [peer for peer in arguments.peers if peer not in GGML_PEERS]
             else:
                 self._ggml = GgmlLibrary(folder)

@@ -6,12 +6,15 @@ Weights go where llama.cpp puts them when it loads a model: into the first kind 
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ggml_library import GgmlLibrary, InitParams
+from ggml_library import GgmlLibrary, InitParams, installed_folder
 
 Array = np.ndarray[Any, Any]
 
@@ -45,6 +48,31 @@ class GgmlType:
 
 
 GGML_PEERS = {"llama_q4_0": GgmlType(2, 32, 1, 18), "llama_q4_k": GgmlType(12, 256, 2, 144)}
+
+
+def usable_folder(folder: Path | None = None) -> Path | None:
+    """Where working libraries of ggml are: `folder`, or the installed llama_cpp's; else None, and a line says why.
+
+    Tried in a process of its own, because the AMX products of a build by GCC 12 end the process: see tile_config.h.
+    """
+    folder = folder or installed_folder()
+    if folder is None:
+        print("llama.cpp is left out: pip install llama-cpp-python, or name its libraries with --llama-cpp")
+        return None
+    trial = (
+        "import sys; from pathlib import Path; from ggml_library import GgmlLibrary; from ggml_peers import GgmlPeer;"
+        "GgmlPeer(GgmlLibrary(Path(sys.argv[1])), 'llama_q4_0', 256, 64, 64, 1, 1).seconds()"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", trial, str(folder)], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    if ended.returncode != 0:
+        lines = ended.stderr.strip().splitlines() or [
+            f"status {ended.returncode}; see benchmarks/kernels/tile_config.h"
+        ]
+        print(f"llama.cpp is left out: a product with {folder} failed: {lines[-1]}")
+        return None
+    return folder
 
 
 class GgmlPeer:
