@@ -30,9 +30,9 @@ _INLINE_LIMIT = 1 << 30
 class StoreSparse(Pass):
     """Store initializers as their non-zero values and places (COO) where that takes fewer bytes.
 
-    A place takes 8 bytes, so this pays above 67 % zeros in float32 and 80 % in float16. ONNX Runtime makes them dense when
-    it loads the model: the file is smaller, memory and time stay as they are. onnx.checker accepts them, but its shape
-    inference (`full_check`, onnx 1.23) knows no products with sparse tensors.
+    A place takes 8 bytes, so this pays above 67 % zeros in float32 and 80 % in float16. ONNX Runtime makes them dense
+    when it loads the model: the file is smaller, memory and time stay as they are. onnx.checker accepts them, but its
+    shape inference (`full_check`, onnx 1.23) knows no products with sparse tensors.
 
     Before:
         W: initializer, float[K, N] with D non-zero values
