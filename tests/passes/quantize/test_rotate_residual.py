@@ -257,7 +257,7 @@ def test_norms_of_both_kinds() -> None:
     norm = next(node for node in model.graph.nodes if node.op == "LayerNormalization")
     model.functions[:] = [*model.functions, *(f for f in other.functions if f.name == "RMSNorm")]
     norm.op, norm.domain, norm.attrs = "RMSNorm", "onnxslim_llm", {"epsilon": 1e-5}
-    norm.inputs[:] = norm.inputs[:2]
+    norm.inputs.pop()
     assert _reason(model) == "some norms subtract the mean and others do not"
 
 
@@ -287,10 +287,7 @@ def test_values_with_an_int8_cache() -> None:
 def test_what_the_stream_is() -> None:
     stream = find_residual_stream(transformer(Habits(layer_norm=True, bias=True)))
     assert stream.size == SIZE
-    assert [table.name for table in stream.tables] in (
-        ["embedding", "positions.weight"],
-        ["positions.weight", "embedding"],
-    )
+    assert {table.name for table in stream.tables} == {"embedding", "positions.weight"}
     assert {product.name for product in stream.writers} == {"0.o", "0.down", "1.o", "1.down"}
     assert len(stream.biases) == 4
     assert len(stream.norms) == 5
@@ -300,5 +297,5 @@ def test_what_the_stream_is() -> None:
 
 
 def test_options() -> None:
-    with pytest.raises(UsageError, match="choose multiply, untie or leave|is not possible"):
+    with pytest.raises(UsageError, match="is not possible"):
         RotateResidual(tied="both")  # type: ignore[arg-type]
