@@ -1,4 +1,4 @@
-"""What follows a product and can be computed with it: a bias, an activation, the gate of a feed-forward layer."""
+"""What follows a product and can be computed with it: a bias, an activation, a gate, the sum with a residual."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.passes.lower.codes import BlockCall
 from onnxslim_llm.passes.lower.stored_job import StoredJob
 from onnxslim_llm.rewrite.constants import constant_tensor, constant_value
+from onnxslim_llm.rewrite.facts import same_shape
 from onnxslim_llm.rewrite.schema import normal_domain
 
 __all__ = ["Epilogue", "find_epilogue"]
@@ -28,6 +29,7 @@ class Epilogue:
         nodes: They.
         bias: [N], or None.
         activation: As in custom_ops.ops.ACTIVATIONS.
+        residual: Of the shape of `result`, added last; or None.
     """
 
     result: gs.Variable
@@ -35,24 +37,32 @@ class Epilogue:
     nodes: list[gs.Node] = field(default_factory=list)
     bias: gs.Constant | None = None
     activation: str = "none"
+    residual: gs.Tensor | None = None
+
+    @property
+    def parts(self) -> list[str]:
+        """What there is, by name."""
+        found = [self.activation] if self.activation != "none" else []
+        found += ["bias"] if self.bias is not None else []
+        return [*found, "residual"] if self.residual is not None else found
 
 
-def find_epilogue(call: BlockCall, outputs: set[int]) -> Epilogue:
+def find_epilogue(call: BlockCall, outputs: set[int], *, activations: bool = True, residual: bool = True) -> Epilogue:
     """Return what can be computed together with a product.
 
     Args:
-        call: The product, detached.
+        call: The product, detached. Shapes are known where residuals are to be found.
         outputs: Identities of all graph outputs: what is one must stay.
+        activations: Take in bias, activation and gate.
+        residual: Take in the sum with a tensor of the same shape. Its maker may come after the product.
     """
     found = Epilogue(call.result, (call.job,))
-    _take_bias(found, call.job.columns, outputs)
-    if _take_gate(found, outputs):
-        return found
-    activation = _activation_of(found.result, outputs)
-    if activation is not None:
-        found.activation, nodes = activation
-        found.nodes += nodes
-        found.result = nodes[-1].outputs[0]
+    if activations:
+        _take_bias(found, call.job.columns, outputs)
+        if not _take_gate(found, outputs):
+            _take_activation(found, outputs)
+    if residual:
+        _take_residual(found, {id(node) for node in call.graph.nodes}, outputs)
     return found
 
 
@@ -74,6 +84,24 @@ def _take_bias(found: Epilogue, columns: int, outputs: set[int]) -> None:
         return
     found.bias, found.result = bias, node.outputs[0]
     found.nodes.append(node)
+
+
+def _take_activation(found: Epilogue, outputs: set[int]) -> None:
+    activation = _activation_of(found.result, outputs)
+    if activation is not None:
+        found.activation, nodes = activation
+        found.nodes += nodes
+        found.result = nodes[-1].outputs[0]
+
+
+def _take_residual(found: Epilogue, inside: set[int], outputs: set[int]) -> None:
+    node = _only_reader(found.result, outputs)
+    if node is None or id(node) not in inside or not _is(node, "Add"):
+        return
+    other = node.inputs[1] if node.inputs[0] is found.result else node.inputs[0]
+    if isinstance(other, gs.Variable) and same_shape(found.result, other):
+        found.residual, found.result = other, node.outputs[0]
+        found.nodes.append(node)
 
 
 def _activation_of(tensor: gs.Tensor, outputs: set[int]) -> tuple[str, list[gs.Node]] | None:

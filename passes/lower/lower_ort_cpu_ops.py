@@ -15,6 +15,8 @@ from onnxslim_llm.concepts.concept import drop_unused_functions, replace_nodes
 from onnxslim_llm.custom_ops import ops
 from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.model import Model
+from onnxslim_llm.ir.shapes import infer_shapes
+from onnxslim_llm.ir.topology import sort_nodes
 from onnxslim_llm.ir.weights.jobs import derive
 from onnxslim_llm.passes.lower.accuracy_choice import AccuracyChoice, check_largest_error
 from onnxslim_llm.passes.lower.activation_rounding import LARGEST_ERROR
@@ -44,7 +46,8 @@ class LowerOrtCpuOps(Pass):
     After:
         Y = onnxslim_llm.ops.MatMulPacked <K, N, bits = 4, block_size = 32, accuracy = "int8"> (X, W_q4)
 
-    A bias, a SiLU or a Gelu after the product, and the product of two halves that makes a gate, become part of it.
+    A bias, a SiLU or a Gelu after the product, the product of two halves that makes a gate, and the sum with a residual
+    (a tensor of the same shape) become part of it.
 
     Skips when:
         - a table of 2, 4 or 8 bits is only looked up in: ONNX Runtime's own operator is made for that;
@@ -59,6 +62,7 @@ class LowerOrtCpuOps(Pass):
         exact: Regular expressions: products with a match in the name of the weight or of the node are exact, whatever
             `accuracy` says. `diff` lists the layers whose results differ most.
         epilogues: Let the product's operator compute the bias, the SiLU or Gelu and the gate that follow it.
+        residuals: Let it add the residual, too.
     """
 
     name: ClassVar[str] = "lower_ort_cpu_ops"
@@ -69,6 +73,7 @@ class LowerOrtCpuOps(Pass):
     largest_error: float = LARGEST_ERROR
     exact: tuple[str, ...] = ()
     epilogues: bool = True
+    residuals: bool = True
 
     def __post_init__(self) -> None:
         check_largest_error(self.largest_error, self.name)
@@ -82,6 +87,8 @@ class LowerOrtCpuOps(Pass):
     def apply(self, model: Model, context: Context) -> Change:
         """Replace products, and look-ups in what they multiply with."""
         change = Change()
+        if self.residuals:
+            infer_shapes(model)
         recorded, opaque = take_calls(model, leave_tables=_RUNTIME_TABLES)
         for node in opaque:
             change.skip(node.name, "its codes are no recorded work")
@@ -89,12 +96,13 @@ class LowerOrtCpuOps(Pass):
         replaced: dict[int, list[gs.Node]] = {}
         removed: list[gs.Node] = []  # keeps them alive, so that their ids stay theirs
         fused: Counter[str] = Counter()
+        late: dict[int, gs.Graph] = {}
         chosen = AccuracyChoice(self.accuracy, self.largest_error, context)
         for call in recorded:
             op = Builder(model, call.node.name or call.result.name)
             after = Epilogue(call.result, (call.job,))
-            if self.epilogues and not call.is_gather:
-                after = find_epilogue(call, outputs)
+            if not call.is_gather:
+                after = find_epilogue(call, outputs, activations=self.epilogues, residual=self.residuals)
             for node in after.nodes:
                 detach(node)
                 removed.append(node)
@@ -109,10 +117,14 @@ class LowerOrtCpuOps(Pass):
             last.outputs[0] = after.result
             replaced[id(call.node)] = op.nodes
             change.sites.append(call.node.name or call.result.name)
-            fused.update([after.activation, "bias"] if after.bias is not None else [after.activation])
+            fused.update(after.parts)
+            if after.residual is not None:
+                late[id(call.graph)] = call.graph
         replace_nodes(model, replaced)
+        for graph in late.values():  # what is added may be made after the product was
+            sort_nodes(graph)
         change.detail.update(chosen.account())
-        change.detail.update({f"with_{name}": count for name, count in sorted(fused.items()) if name != "none"})
+        change.detail.update({f"with_{name}": count for name, count in sorted(fused.items())})
         if replaced:
             drop_unused_functions(model)
             if model.opset(ops.DOMAIN) is None:
@@ -125,9 +137,9 @@ class LowerOrtCpuOps(Pass):
 
 
 def _multiply(constants: Constants, op: Builder, call: BlockCall, after: Epilogue, accuracy: str) -> gs.Tensor:
-    inputs = [call.operand, _packed(constants, call, after.jobs)]
-    if after.bias is not None:
-        inputs.append(after.bias)
+    inputs = [call.operand, _packed(constants, call, after.jobs), after.bias, after.residual]
+    while inputs[-1] is None:
+        inputs.pop()
     return op.call(
         ops.DOMAIN,
         "MatMulPacked",

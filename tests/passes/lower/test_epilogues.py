@@ -45,7 +45,7 @@ def lowered(nodes: str, columns: int = 48, **constants: Array) -> tuple[Model, M
         model = model_of(source)
         steps = "quantize_weights{min_elements=0, lm_head_bits=4}, pack_projections"
         Pipeline(steps).run(model, Context())
-        LowerOrtCpuOps(accuracy="exact", epilogues=epilogues).apply(model, Context())
+        LowerOrtCpuOps(accuracy="exact", epilogues=epilogues, residuals=epilogues).apply(model, Context())
         made.append(model)
     return made[0], made[1]
 
@@ -139,3 +139,89 @@ def test_gates_come_apart_and_together_again(tmp_path: Path) -> None:
     (old,), (new,) = before.graph.nodes, after.graph.nodes
     assert old.attrs == new.attrs
     assert np.array_equal(old.inputs[1].values, new.inputs[1].values)
+
+
+RESIDUAL = """agraph (float[b, s, 64] x, float[b, s, 48] r) => (float[b, s, 48] y) {{ {nodes} }}"""
+RESIDUAL_ORDER = ["A", "B", "bias", "residual"]
+
+
+def with_residual(nodes: str, **constants: Array) -> Model:
+    model = model_of(proto(RESIDUAL.format(nodes=nodes), 24, 13, CONTRIB, **constants))
+    steps = "quantize_weights{min_elements=0, lm_head_bits=4}, pack_projections, lower_ort_cpu_ops{accuracy=exact}"
+    Pipeline(steps).run(model, Context())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("nodes", "given"),
+    [
+        ("p = MatMul (x, W) y = Add (p, r)", {"A": "x", "residual": "r"}),
+        ("p = MatMul (x, W) y = Add (r, p)", {"A": "x", "residual": "r"}),
+        ("p = MatMul (x, W) q = Add (p, b) y = Add (q, r)", {"A": "x", "bias": "b", "residual": "r"}),
+        ("p = MatMul (x, W) q = Gelu (p) y = Add (q, r)", {"A": "x", "residual": "r"}),
+        # What is added is made after the product.
+        ("p = MatMul (x, W) t = Tanh (r) y = Add (p, t)", {"A": "x", "residual": "t"}),
+    ],
+)
+def test_residuals(nodes: str, given: dict[str, str], tmp_path: Path) -> None:
+    constants = {"W": weights(1, 64, 48), "b": weights(2, 48)}
+    used = {name: value for name, value in constants.items() if f"{name})" in nodes}
+    feeds = {"x": weights(5, 2, 3, 64), "r": weights(6, 2, 3, 48)}
+    together = with_residual(nodes, **used)
+    (node,) = [n for n in together.graph.nodes if n.op == "MatMulPacked"]
+    assert not [n for n in together.graph.nodes if n.op == "Add"]
+    found = {n: t.name for n, t in zip(RESIDUAL_ORDER, node.inputs, strict=False) if not t.is_empty() and n != "B"}
+    assert found == given
+    apart = model_of(proto(RESIDUAL.format(nodes=nodes), 24, 13, CONTRIB, **used))
+    Pipeline("quantize_weights{min_elements=0, lm_head_bits=4}, lower_portable").run(apart, Context())
+    results = []
+    for name, model in (("apart", apart), ("together", together)):
+        save_model(model, tmp_path / f"{name}.onnx")
+        results.append(open_session(tmp_path / f"{name}.onnx", threads=1, optimise=False).run(feeds)["y"])
+    assert_close(results[1], results[0], FLOAT_TOLERANCE)
+
+
+def test_the_sum_of_two_products_is_one_of_them(tmp_path: Path) -> None:
+    """As in models whose attention and feed-forward layer run side by side: the first waits for the second."""
+    nodes = "p = MatMul (x, W) q = MatMul (x, V) t = Gelu (q) u = MatMul (t, U) s = Add (p, u) y = Add (s, r)"
+    together = with_residual(nodes, W=weights(1, 64, 48), V=weights(2, 64, 80), U=weights(3, 80, 48))
+    save_model(together, tmp_path / "model.onnx")
+    feeds = {"x": weights(5, 2, 3, 64), "r": weights(6, 2, 3, 48)}
+    open_session(tmp_path / "model.onnx", threads=1).run(feeds)  # nodes are in order
+    (last,) = [n for n in together.graph.nodes if n.outputs[0].name == "y"]
+    # One of the products adds the other one; the model's own residual is a sum of its own.
+    assert sum(n.op == "Add" for n in together.graph.nodes) == 1
+    assert last.op == "Add"
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        "p = MatMul (x, W) t = ReduceSum <keepdims = 1> (r) y = Add (p, t)",  # broadcast
+        "p = MatMul (x, W) y = Add (p, p)",
+        "p = MatMul (x, W) t = Add (p, r) y = Mul (p, t)",  # the product is read elsewhere
+        "p = MatMul (x, W) y = Sub (p, r)",
+    ],
+)
+def test_what_is_no_residual(nodes: str) -> None:
+    assert len(with_residual(nodes, W=weights(1, 64, 48)).graph.nodes) == nodes.count("=") - nodes.count("keepdims")
+
+
+def test_residuals_can_be_left_alone() -> None:
+    model = model_of(proto(RESIDUAL.format(nodes="p = MatMul (x, W) y = Add (p, r)"), 24, 13, W=weights(1, 64, 48)))
+    steps = "quantize_weights{min_elements=0, lm_head_bits=4}, lower_ort_cpu_ops{residuals=false}"
+    Pipeline(steps).run(model, Context())
+    assert [n.op for n in model.graph.nodes] == ["MatMulPacked", "Add"]
+
+
+def test_residuals_come_apart_again(tmp_path: Path) -> None:
+    model = with_residual("p = MatMul (x, W) q = Add (p, b) y = Add (q, r)", W=weights(1, 64, 48), b=weights(2, 48))
+    save_model(model, tmp_path / "first.onnx")
+    again = open_model(tmp_path / "first.onnx")
+    Pipeline("raise_block_weights, lower_ort_cpu").run(again, Context())
+    assert [n.op for n in again.graph.nodes] == ["MatMulNBits", "Add", "Add"]
+    back = open_model(tmp_path / "first.onnx")
+    Pipeline("raise_block_weights, lower_ort_cpu_ops").run(back, Context())
+    (old,), (new,) = model.graph.nodes, back.graph.nodes
+    assert [t.name for t in old.inputs] == [t.name for t in new.inputs]
+    assert old.attrs == new.attrs
