@@ -40,9 +40,11 @@ def choose(
     smallest = [min(range(len(item)), key=lambda i: (item[i].size, item[i].cost)) for item in items]
     if _size(items, smallest) > budget:
         return None
-    candidates: list[list[int]] = [_greedy(items, budget), *([*start] for start in starts)]
-    filled: list[list[int]] = [_filled(items, picked, budget) for picked in candidates if _size(items, picked) <= budget]
-    return tuple(min(filled, key=lambda picked: _cost(items, picked)))
+    candidates: list[list[int]] = [_greedy(items, budget), *(list(start) for start in starts)]
+    fitting = [picked for picked in candidates if _size(items, picked) <= budget]
+    filled = [_filled(items, picked, budget) for picked in fitting]
+    costs = [_cost(items, picked) for picked in filled]
+    return tuple(filled[costs.index(min(costs))])
 
 
 def _size(items: Sequence[Sequence[Choice]], picked: Sequence[int]) -> int:

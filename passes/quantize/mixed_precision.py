@@ -13,7 +13,7 @@ The multiple-choice knapsack does the rest.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 
 from onnxslim_llm.concepts.block_weights import WeightScheme
 from onnxslim_llm.errors import UsageError
+from onnxslim_llm.passes.quantize.coding import nearest_codes
+from onnxslim_llm.passes.quantize.columns import columns_of
 from onnxslim_llm.passes.quantize.knapsack import Choice, choose
-from onnxslim_llm.passes.quantize.trial import columns_of, quickly_coded
+from onnxslim_llm.passes.quantize.planes import is_split, plane_scheme
 from onnxslim_llm.products.sites import WeightGroup
 from onnxslim_llm.stats.curvature import inverse_factor
 
@@ -44,6 +46,10 @@ FORMS = (
     (4, 32),
     (4, 64),
     (4, 128),
+    (5, 64),
+    (5, 128),
+    (6, 64),
+    (6, 128),
     (8, 32),
     (8, 128),
 )
@@ -106,6 +112,8 @@ def share_out(
 
 def stored_bytes(group: WeightGroup, scheme: WeightScheme) -> int:
     """Return the bytes of codes, scales and zero points in a layout without padding."""
+    if is_split(scheme):
+        return sum(stored_bytes(group, plane_scheme(scheme, index)) for index in (0, 1))
     blocks = scheme.block_count(group.rows)
     zero_bits = 0 if scheme.symmetric else scheme.bits
     bits = group.rows * scheme.bits + blocks * (zero_bits + 8 * _SCALE_BYTES[scheme.scale_type])
@@ -162,10 +170,10 @@ def _costs(demand: Demand, statistics: Statistics | None) -> list[float]:
 
 def _row_errors(columns: Array, scheme: WeightScheme, importance: Array | None) -> Array:
     """Return the squared error of each row of W[K, n] when its columns [n, K] are rounded."""
-    plain = replace(scheme, method="search") if scheme.method == "calibrated" and importance is None else scheme
-    weights = np.ones(columns.shape[1], np.float32) if importance is None else importance.astype(np.float32)
-    coded = quickly_coded(columns, plain, weights)
-    result: Array = np.square(columns - coded, dtype=np.float64).sum(axis=0)
+    piece = np.ascontiguousarray(columns.T)
+    weights = None if importance is None else importance.astype(np.float32)
+    coded = nearest_codes(piece, scheme, weights).dequantized(scheme.block_rows(len(piece)))
+    result: Array = np.square(piece - coded, dtype=np.float64).sum(axis=1)
     return result
 
 

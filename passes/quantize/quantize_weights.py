@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-import onnx_graphsurgeon as gs
-from onnx import TensorProto
-
-from onnxslim_llm.concepts.block_weights import BLOCK_GATHER, BLOCK_MATMUL, Method, WeightScheme
-from onnxslim_llm.concepts.concept import follow_opset, replace_nodes
+from onnxslim_llm.concepts.block_weights import Method, WeightScheme
+from onnxslim_llm.concepts.concept import follow_opset
 from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.opset import convert_opset
 from onnxslim_llm.ir.shapes import infer_shapes
-from onnxslim_llm.ir.weights import Weight, constant
-from onnxslim_llm.ir.weights.jobs import derive
-from onnxslim_llm.passes.quantize.calibrated_job import CalibratedJob
-from onnxslim_llm.passes.quantize.job import QuantizeJob
-from onnxslim_llm.passes.quantize.mixed_precision import FORMS, Demand, share_out, tied_ridge
+from onnxslim_llm.passes.quantize.mixed_precision import FORMS, Demand, share_out
+from onnxslim_llm.passes.quantize.planes import PLANES
+from onnxslim_llm.passes.quantize.replacement import Chosen, Replacement
 from onnxslim_llm.passes.quantize.settings import (
     BITS,
     ScaleType,
@@ -31,31 +24,30 @@ from onnxslim_llm.passes.quantize.settings import (
     compile_patterns,
 )
 from onnxslim_llm.products.attention import SENSITIVE, Sensitive
-from onnxslim_llm.products.sites import Site, WeightGroup, find_groups
+from onnxslim_llm.products.sites import WeightGroup, find_groups
 from onnxslim_llm.rewrite.context import Context
-from onnxslim_llm.rewrite.edit import Builder, detach, remove_dead
-from onnxslim_llm.rewrite.engine import graph_output_ids
 from onnxslim_llm.rewrite.passes import Change, Pass
 from onnxslim_llm.rewrite.stage import Stage
 
 if TYPE_CHECKING:
-    from onnxslim_llm.stats.statistics import Statistics
+    pass
 
 __all__ = ["LONG_BLOCK", "QuantizeWeights"]
 
 #: (opset, IR version) that brought the element types of codes.
-_NEEDS = {2: (25, 13), 3: (21, 10), 4: (21, 10), 8: (21, 10)}
+_NEEDS = {2: (25, 13), 3: (21, 10), 4: (21, 10), 5: (25, 13), 6: (25, 13), 8: (21, 10)}
 #: Weights that get more bits than the others have codes that are fine enough for long blocks.
 LONG_BLOCK = 128
-_SCALE_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 
 
 @dataclass(frozen=True)
 class QuantizeWeights(Pass):
-    """Store the weights of matrix products and embeddings in 2, 3, 4 or 8 bits, with a scale per block.
+    """Store the weights of matrix products and embeddings in 2, 3, 4, 5, 6 or 8 bits, with a scale per block.
 
-    Blocks run along the axis that products sum over. The full range of codes is used, [-8, 7] for 4 bits. A weight with
-    several readers is quantized once; a classifier that is tied to the embedding stays tied.
+    Blocks run along the axis that products sum over. The full range of codes is used, [-8, 7] for 4 bits. Codes of 5
+    and 6 bits are stored as their high bits and their two low ones, which makes two products and their sum: runtimes
+    have no kernels for them. A weight with several readers is quantized once; a classifier that is tied to the
+    embedding stays tied.
 
     Before:
         Y = MatMul (X, W)
@@ -77,7 +69,7 @@ class QuantizeWeights(Pass):
         - it lies in the body of a model-local function or in a Constant node.
 
     Attributes:
-        bits: Width of the codes: 2, 3, 4 or 8.
+        bits: Width of the codes: 2, 3, 4, 5, 6 or 8; 5 and 6 are always symmetric.
         block: Elements that share a scale: 16, 32, 64, 128, 256, or 0 for a whole column. Weights that get more than
             `bits` by their role have at least 128.
         symmetric: No zero points.
@@ -150,7 +142,7 @@ class QuantizeWeights(Pass):
         roles = {self.embedding_bits, self.lm_head_bits, self.sensitive_bits}
         usual = set(self.widths) if self.target_bits else {self.bits, *roles}
         asked = usual | {scope.get("bits", 0) for scope in self.scopes}
-        missing = sorted(asked - {0} - set(context.target.weight_bits))
+        missing = sorted(bits for bits in asked - {0} if not _can_store(bits, context.target.weight_bits))
         if missing:
             can = ", ".join(map(str, context.target.weight_bits))
             what = f"target '{context.target.name}' cannot store weights of {missing[0]} bits"
@@ -184,7 +176,7 @@ class QuantizeWeights(Pass):
             change = Change(detail={"converted_to_opset": opset})
             chosen = self._choose(model, change, context)
         model.graph.ir_version = max(model.graph.ir_version or 0, ir_version)
-        _Replacement(model, change, context.statistics).replace(chosen)
+        Replacement(model, change, context.statistics).replace(chosen)
         return change
 
     def plan(self, model: Model, context: Context) -> dict[str, WeightScheme]:
@@ -192,7 +184,7 @@ class QuantizeWeights(Pass):
         infer_shapes(model)
         return {group.name: scheme for group, scheme, _ in self._choose(model, Change(), context)}
 
-    def _choose(self, model: Model, change: Change, context: Context) -> list[_Chosen]:
+    def _choose(self, model: Model, change: Change, context: Context) -> list[Chosen]:
         exclude = compile_patterns(self.exclude, self.name)
         demands = []
         for group in find_groups(model, change):
@@ -217,7 +209,8 @@ class QuantizeWeights(Pass):
     def _schemes(
         self, group: WeightGroup, settings: Settings, context: Context, *, free: bool
     ) -> tuple[WeightScheme, ...]:
-        allowed = self.widths or (context.target.weight_bits if context.target else BITS)
+        stored = context.target.weight_bits if context.target else BITS
+        allowed = self.widths or [bits for bits in BITS if _can_store(bits, stored)]
         forms = [form for form in FORMS if form[0] in allowed] if free else [(settings.bits, settings.block)]
         computes_in = group.sites[0].computes_in
         made = (
@@ -235,111 +228,5 @@ class QuantizeWeights(Pass):
         return Settings(bits, block if self.block else 0, self.symmetric, self.method, self.scale_dtype)
 
 
-_Chosen = tuple[WeightGroup, WeightScheme, dict[str, Any]]
-
-
-class _Replacement:
-    """Puts calls into the graphs, group by group, and all of them into place at the end."""
-
-    def __init__(self, model: Model, change: Change, statistics: Statistics | None) -> None:
-        self.model = model
-        self.change = change
-        self.statistics = statistics
-        self.outputs = graph_output_ids(model)
-        self.replaced: dict[int, list[gs.Node]] = {}
-        self.removed: list[gs.Node] = []
-
-    def replace(self, chosen: list[_Chosen]) -> None:
-        stored: dict[Hashable, int] = {}
-        tensors = []
-        for group, scheme, account in chosen:
-            job = self._job(group, scheme)
-            derived = derive(job)
-            # One set of constants per graph: ONNX Runtime does not fuse what a subgraph reads from the graph around it.
-            codes: dict[int, list[gs.Constant | None]] = {}
-            for site in group.sites:
-                if id(site.graph) not in codes:
-                    codes[id(site.graph)] = self._constants(group.name, scheme, derived)
-                self._replace_site(site, job, codes[id(site.graph)])
-            self.change.sites.append(group.name)
-            stored.update((w.storage_key, w.nbytes) for w in derived)
-            tensors.append(_entry(group, scheme, sum(w.nbytes for w in derived)) | account)
-        replace_nodes(self.model, self.replaced)
-        counts = Counter(str(entry["bits"]) for entry in tensors)
-        elements = sum(group.source.size for group, _, _ in chosen)
-        self.change.detail.update(
-            weights_by_bits=dict(sorted(counts.items())),
-            bits_per_weight=round(8 * sum(stored.values()) / elements, 3),
-            bytes=sum(stored.values()),
-            tensors=tensors,
-        )
-
-    def _job(self, group: WeightGroup, scheme: WeightScheme) -> QuantizeJob:
-        if scheme.method == "calibrated":
-            moments = self.statistics.of_weight(group.name) if self.statistics else None
-            ridge = tied_ridge(group, self.statistics)
-            if moments is not None and moments.size == group.rows and ("embedding" not in group.roles or ridge > 0):
-                return CalibratedJob(group.source, group.k_axis, scheme, group.name, moments, ridge=ridge)
-            if "embedding" not in group.roles:
-                self.change.skip(group.name, "no calibration data reach it: quantized by search")
-            scheme = replace(scheme, method="search")
-        return QuantizeJob(group.source, group.k_axis, scheme, group.name)
-
-    def _constants(self, name: str, scheme: WeightScheme, derived: tuple[Weight, ...]) -> list[gs.Constant | None]:
-        names = (f"{name}_q{scheme.bits}", f"{name}_scale", f"{name}_zp")
-        made: list[gs.Constant | None] = [
-            constant(self.model.fresh_name(hint), weight) for hint, weight in zip(names, derived, strict=False)
-        ]
-        return made if len(made) == len(names) else [*made, None]
-
-    def _replace_site(self, site: Site, job: QuantizeJob, codes: list[gs.Constant | None]) -> None:
-        node = site.node
-        inputs, outputs = list(node.inputs), list(node.outputs)
-        attributes = {"block_size": job.stored_block, "scale_type": int(_SCALE_TYPES[site.computes_in])}
-        gemm = dict(node.attrs) if node.op == "Gemm" else {}
-        detach(node)
-        self.removed.append(node)
-        if node.op == "Gather":
-            call = BLOCK_GATHER.call(self.model, node.name, [inputs[1], *codes], outputs, attributes)
-            self.replaced[id(node)] = [call]
-        else:
-            call = BLOCK_MATMUL.call(self.model, node.name, [inputs[0], *codes], outputs, attributes)
-            self.replaced[id(node)] = [call, *self._gemm_rest(call, inputs[2:], gemm, site)]
-        weight = inputs[0 if node.op == "Gather" else 1]
-        if isinstance(weight, gs.Variable):
-            for dead in remove_dead(weight.inputs, self.outputs):
-                self.replaced[id(dead)] = []
-                self.removed.append(dead)
-
-    def _gemm_rest(self, call: gs.Node, bias: list[gs.Tensor], attributes: dict[str, Any], site: Site) -> list[gs.Node]:
-        """Return what Gemm does after its product: alpha * product + beta * bias."""
-        alpha, beta = float(attributes.get("alpha", 1.0)), float(attributes.get("beta", 1.0))
-        bias = [tensor for tensor in bias if not tensor.is_empty() and beta != 0.0]
-        if alpha == 1.0 and not bias:
-            return []
-        result = call.outputs[0]
-        op = Builder(self.model, call.name)
-        value: gs.Tensor = gs.Variable(self.model.fresh_name(f"{call.name}/product"), result.dtype, result.shape)
-        call.outputs[0] = value
-        if alpha != 1.0:
-            value = op.Mul(value, _scalar(alpha, site.computes_in))
-        if bias:
-            shift = bias[0] if beta == 1.0 else op.Mul(bias[0], _scalar(beta, site.computes_in))
-            value = op.Add(value, shift)
-        op.nodes[-1].outputs[0] = result
-        return op.nodes
-
-
-def _scalar(value: float, dtype: str) -> np.ndarray[Any, Any]:
-    return np.array(value, dtype)
-
-
-def _entry(group: WeightGroup, scheme: WeightScheme, nbytes: int) -> dict[str, Any]:
-    return {
-        "name": group.name,
-        "roles": sorted(group.roles | group.sensitive),
-        "shape": list(group.source.shape),
-        "bits": scheme.bits,
-        "block": scheme.block,
-        "bytes": [group.source.nbytes, nbytes],
-    }
+def _can_store(bits: int, widths: Collection[int]) -> bool:
+    return all(width in widths for width in PLANES.get(bits, (bits,)))

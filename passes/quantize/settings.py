@@ -30,7 +30,7 @@ WORTH_A_CAST = 1024
 
 _BYTES = {"float32": 4, "float16": 2}
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 BLOCKS = (0, 16, 32, 64, 128, 256)
 _METHODS = ("rtn", "search", "hqq", "calibrated")
 _SCALE_TYPES = ("activation", "float16")

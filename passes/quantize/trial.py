@@ -10,26 +10,14 @@ from numpy.typing import NDArray
 from onnxslim_llm.concepts.block_weights import WeightScheme
 from onnxslim_llm.custom_ops.packing import unpack_bits
 from onnxslim_llm.custom_ops.quantize import BlockSpec, Layout, quantize_tile
-from onnxslim_llm.ir.weights import ArrayWeight, Weight
+from onnxslim_llm.ir.weights import ArrayWeight
 from onnxslim_llm.passes.quantize.calibrated_job import CalibratedJob
+from onnxslim_llm.passes.quantize.columns import columns_of
 from onnxslim_llm.stats.statistics import StoredMoments
 
 __all__ = ["columns_of", "held_error", "lost", "quickly_coded"]
 
 Array = NDArray[Any]
-
-
-def columns_of(weight: Weight, k_axis: int, count: int) -> Array:
-    """Return up to `count` columns of W[K, N], spread evenly, as rows [n, K] in float32.
-
-    Columns are quantized independently of each other, so that some of them say how all of them fare.
-    """
-    view = weight.view()
-    matrix = view.T if k_axis == 0 else view
-    index = np.unique(np.linspace(0, len(matrix) - 1, min(count, len(matrix))).round().astype(np.int64))
-    result = np.ascontiguousarray(matrix[index], dtype=np.float32)
-    weight.release()
-    return result
 
 
 def quickly_coded(columns: Array, scheme: WeightScheme, importance: Array) -> Array:

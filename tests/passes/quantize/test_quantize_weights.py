@@ -265,10 +265,10 @@ def test_the_account_says_what_it_costs() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"bits": 5}, "bits = 5 is not possible"),
+        ({"bits": 7}, "bits = 7 is not possible"),
         ({"block": 48}, "block = 48 is not possible"),
         ({"method": "magic"}, "method = 'magic' is not possible"),
-        ({"embedding_bits": 6}, "bits = 6 is not possible"),
+        ({"embedding_bits": 1}, "bits = 1 is not possible"),
         ({"exclude": ("(",)}, "is no regular expression"),
         ({"scopes": ({"bits": 8},)}, "a scope needs a pattern"),
         ({"scopes": ({"match": "x", "bit": 8},)}, "a scope has no option 'bit'"),

@@ -1,0 +1,142 @@
+"""Codes for columns of a weight: the best of several ways, judged by the product's output on samples held out."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxslim_llm.concepts.block_weights import WeightScheme
+from onnxslim_llm.custom_ops.packing import unpack
+from onnxslim_llm.custom_ops.quantize import BlockSpec, Layout, quantize_tile
+from onnxslim_llm.passes.quantize.compensate import Coded, Grid, compensate
+from onnxslim_llm.passes.quantize.planes import fit_grid, is_split, rounded, stored_scale
+from onnxslim_llm.passes.quantize.polish import polish
+from onnxslim_llm.stats.curvature import inverse_factor, output_error
+from onnxslim_llm.stats.statistics import StoredMoments
+
+__all__ = ["InputKnowledge", "best_codes", "knowledge_of", "nearest_codes", "spec_of"]
+
+Array = NDArray[Any]
+
+_KEPT = 2  # statistics of so many inputs are held at a time
+
+
+@dataclass(frozen=True)
+class InputKnowledge:
+    """What is known of a product's input.
+
+    Attributes:
+        importance: Mean square of each channel [K], float32.
+        factor: See `inverse_factor`; None if there is none.
+        gram: H of the samples that codes are fitted to [K, K], float32.
+        held: H of the samples that were held out, float32.
+    """
+
+    importance: Array
+    factor: Array | None
+    gram: Array
+    held: Array
+
+
+def spec_of(scheme: WeightScheme) -> BlockSpec:
+    """Return the form of the compiled quantizer's work."""
+    return BlockSpec(scheme.bits, scheme.block or -1, scheme.symmetric, scheme.scale_type)
+
+
+def nearest_codes(piece: Array, scheme: WeightScheme, importance: Array | None = None) -> Coded:
+    """Return codes of W[K, n], float32, by the scheme's search, without regard to other rows."""
+    if is_split(scheme):
+        return rounded(piece, scheme, importance)
+    method = "search" if scheme.method == "calibrated" else scheme.method
+    return Coded(*unpack(quantize_tile(piece, spec_of(scheme), method, importance, Layout.NBITS).buffers))
+
+
+def best_codes(piece: Array, scheme: WeightScheme, known: InputKnowledge) -> tuple[Coded, Array]:
+    """Return the best codes for each column of W[K, n], and its output error on the samples that were held out.
+
+    Tried are the search without data, the search with errors weighted by the mean square of each channel, the latter
+    with compensation of errors, and that one polished. No column is worse on the held-out samples than without data.
+    """
+    block, levels = scheme.block_rows(len(piece)), (1 << scheme.bits) - 1
+    candidates = [nearest_codes(piece, scheme), nearest_codes(piece, scheme, known.importance)]
+    if known.factor is not None:
+        candidates.append(_compensated(piece, scheme, known))
+
+    def stored(scales: Array) -> Array:
+        if is_split(scheme):
+            return stored_scale(scales, scheme.scale_type)
+        return scales.astype(scheme.scale_type).astype(np.float32)
+
+    candidates.append(polish(piece, candidates[-1], known.gram, block, levels, stored))
+    errors = np.stack([output_error(piece - c.dequantized(block), known.held) for c in candidates])
+    winner = errors.argmin(axis=0)
+    chosen = Coded(*(_pick(winner, [getattr(c, part) for c in candidates]) for part in ("codes", "scales", "zeros")))
+    return chosen, errors.min(axis=0)
+
+
+def _compensated(piece: Array, scheme: WeightScheme, known: InputKnowledge) -> Coded:
+    assert known.factor is not None
+
+    def fit(rows: Array, start: int) -> Grid:
+        part = known.importance[start : start + len(rows)]
+        if is_split(scheme):
+            return fit_grid(rows, scheme, part)
+        found = nearest_codes(np.ascontiguousarray(rows), replace(scheme, block=0), part)
+        return Grid(found.scales[0], found.zeros[0])
+
+    return compensate(piece, known.factor, scheme.block_rows(len(piece)), (1 << scheme.bits) - 1, fit)
+
+
+def _pick(winner: Array, arrays: list[Array]) -> Array:
+    result = arrays[0].copy()
+    for i, array in enumerate(arrays[1:], 1):
+        result[:, winner == i] = array[:, winner == i]
+    return result
+
+
+class _Cache:
+    """The last few prepared statistics, made once for all tiles and threads."""
+
+    def __init__(self) -> None:
+        self._made: OrderedDict[tuple[Path, str, float], InputKnowledge] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, moments: StoredMoments, ridge: float) -> InputKnowledge:
+        key = (moments.file, moments.digest, ridge)
+        with self._lock:
+            if key not in self._made:
+                self._made[key] = _prepare(moments, ridge)
+                while len(self._made) > _KEPT:
+                    self._made.popitem(last=False)
+            self._made.move_to_end(key)
+            return self._made[key]
+
+
+def _prepare(moments: StoredMoments, ridge: float) -> InputKnowledge:
+    collected = moments.load()
+    grams = []
+    for part in (collected.fit, collected.held):
+        assert part.gram is not None, moments.file
+        grams.append(part.gram + ridge * part.count * np.eye(part.size))
+    importance = (collected.fit.mean_square + ridge).astype(np.float32)
+    fit, held = (gram.astype(np.float32) for gram in grams)
+    return InputKnowledge(importance, inverse_factor(grams[0]), fit, held)
+
+
+_CACHE = _Cache()
+
+
+def knowledge_of(moments: StoredMoments, ridge: float = 0.0) -> InputKnowledge:
+    """Return what codes are chosen by, made once for all columns of a weight.
+
+    Args:
+        moments: Of the input of the product.
+        ridge: Added to the diagonal of the mean of H.
+    """
+    return _CACHE.of(moments, ridge)
