@@ -12,7 +12,7 @@ from onnxslim_llm.errors import UsageError
 from onnxslim_llm.passes.quantize.channel_scales import Columns, best_candidate, candidates
 from onnxslim_llm.passes.quantize.fold_scales import fold_scales, tied
 from onnxslim_llm.passes.quantize.fold_sites import FoldSite, find_fold_sites
-from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
+from onnxslim_llm.passes.quantize.following import following_quantizer
 from onnxslim_llm.passes.quantize.trial import columns_of, held_error
 from onnxslim_llm.rewrite.passes import Change, Pass
 from onnxslim_llm.rewrite.stage import Stage
@@ -90,14 +90,14 @@ class ScaleChannels(Pass):
         if context.statistics is None:
             todo = "give --calib FILE or --calib self (text sampled from the model)"
             raise UsageError("channels are scaled by calibration data, and there are none", where=self.name, todo=todo)
-        if _quantizer(context) is None:
+        if following_quantizer(context) is None:
             todo = "put quantize_weights after it: the factors are chosen for its bits and blocks"
             raise UsageError("no quantize_weights follows", where=self.name, todo=todo)
 
     def apply(self, model: Model, context: Context) -> Change:
         """Scale all sites of the top graph where that helps."""
         change = Change(detail={"inputs": []})
-        quantizer = _quantizer(context)
+        quantizer = following_quantizer(context)
         assert quantizer is not None
         schemes = quantizer.plan(model, context)
         for site in find_fold_sites(model, change):
@@ -152,7 +152,3 @@ def _some(part: Columns, total: int) -> Columns:
     count, size = part.rows.shape
     wanted = min(count, max(_TRIED_LEAST, _TRIED * total // size))
     return Columns(part.rows[:: -(-count // wanted)], part.scheme)
-
-
-def _quantizer(context: Context) -> QuantizeWeights | None:
-    return next((step for step in context.following if isinstance(step, QuantizeWeights)), None)

@@ -13,11 +13,15 @@ from transformer_models import HEADS, KV_HEADS, SIZE, VOCAB, Habits, assert_same
 from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.weights import constant, weight_of
+from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.passes.quantize.residual_stream import Stuck, find_residual_stream
 from onnxslim_llm.passes.quantize.rotate_residual import RotateResidual
+from onnxslim_llm.passes.quantize.rotation_gain import relative_errors
+from onnxslim_llm.passes.quantize.trial import quickly_coded
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.edit import Builder, redirect
 from onnxslim_llm.rewrite.passes import Change
+from onnxslim_llm.rewrite.pipeline import PassRecord, Pipeline
 
 Array = np.ndarray[Any, Any]
 
@@ -34,7 +38,7 @@ EVERY = [
 
 
 def _rotated(model: Model, context: Context | None = None, **options: Any) -> Change:
-    return RotateResidual(**options).apply(model, context or Context())
+    return RotateResidual(**{"only_if_better": False, **options}).apply(model, context or Context())
 
 
 def _reason(model: Model, **options: Any) -> str:
@@ -299,3 +303,62 @@ def test_what_the_stream_is() -> None:
 def test_options() -> None:
     with pytest.raises(UsageError, match="is not possible"):
         RotateResidual(tied="both")  # type: ignore[arg-type]
+
+
+# whether it is done
+
+
+QUANTIZER = QuantizeWeights(bits=3, block=16, min_elements=0, sensitive=(), method="rtn", lm_head_bits=3)
+
+
+def _judged(habits: Habits, folder: Path, **options: Any) -> tuple[Model, Context, PassRecord]:
+    model = transformer(habits)
+    context = Context(statistics=statistics_of(model, habits, folder))
+    records = Pipeline([RotateResidual(**options), QUANTIZER]).run(model, context)
+    return model, context, records[0]
+
+
+def test_large_weights_are_worth_a_rotation(tmp_path: Path) -> None:
+    """Blocks of 16 have a large weight every other time; large activations alone are not: AWQ makes use of them."""
+    _, _, record = _judged(Habits(heavy=True), tmp_path)
+    assert record.changed
+    assert record.detail["error_ratio"] < 0.9
+    assert record.nodes[0] == record.nodes[1]
+
+
+def test_what_does_not_gain_is_left(tmp_path: Path) -> None:
+    habits = Habits(outliers=True)
+    model = transformer(habits)
+    spread = Context(statistics=statistics_of(model, habits, tmp_path))
+    _rotated(model, spread)
+    weights = {tensor.name: weight_of(tensor).digest() for tensor in model.constants()}
+    statistics = spread.statistics
+    spread.following = (QUANTIZER,)
+    change = RotateResidual().apply(model, spread)  # it is rotated already
+    assert "residual stream" not in change.sites
+    assert change.skipped[0].where == "residual stream"
+    assert "on samples that were held out the error becomes" in change.skipped[0].reason
+    touched = {name for name in weights if weight_of(model.graph.tensors()[name]).digest() != weights[name]}
+    assert touched <= {"0.v", "1.v", "0.o", "1.o"}  # heads are judged by themselves
+    assert (spread.statistics is statistics) == (not change.sites)
+
+
+def test_predicted_errors_are_those_of_the_quantized_weights(tmp_path: Path) -> None:
+    habits = Habits()
+    model = transformer(habits)
+    context = Context(statistics=statistics_of(model, habits, tmp_path))
+    schemes = {name: scheme for name, scheme in QUANTIZER.plan(model, context).items() if name == "0.down"}
+    weight = weight_of(model.graph.tensors()["0.down"]).load()
+    held = context.statistics.of_weight("0.down").load().held.gram
+    coded = quickly_coded(np.ascontiguousarray(weight.T), schemes["0.down"], np.ones(len(weight))).T
+    error = np.trace((weight - coded).T @ held @ (weight - coded)) / np.trace(weight.T @ held @ weight)
+    assert relative_errors(model, context, schemes) == pytest.approx(error, rel=1e-4)
+
+
+def test_it_needs_data_and_a_quantizer_to_judge(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there are none"):
+        Pipeline([RotateResidual(), QUANTIZER]).run(transformer(), Context())
+    statistics = statistics_of(transformer(), Habits(), tmp_path)
+    with pytest.raises(UsageError, match="no quantize_weights follows"):
+        Pipeline([RotateResidual()]).run(transformer(), Context(statistics=statistics))
+    assert Pipeline([RotateResidual(only_if_better=False)]).run(transformer(), Context())[0].changed == 3

@@ -49,6 +49,7 @@ class Habits:
         cache: The attention has one.
         post_norm: A norm before each addition to the residual stream, as in Gemma 2.
         outliers: Some channels of the norms' results are much larger than the others.
+        heavy: Some weights are much larger than the others.
     """
 
     layer_norm: bool = False
@@ -58,6 +59,7 @@ class Habits:
     cache: bool = False
     post_norm: bool = False
     outliers: bool = True
+    heavy: bool = False
 
 
 class _Maker:
@@ -74,7 +76,10 @@ class _Maker:
         return self.op.constant((mean + std * self.rng.standard_normal(shape)).astype(np.float32), name)
 
     def product(self, x: Any, name: str, rows: int, columns: int) -> Any:
-        y = self.op.MatMul(x, self.constant(name, rows, columns, std=rows**-0.5))
+        weight = self.constant(name, rows, columns, std=rows**-0.5)
+        if self.habits.heavy:
+            weight.values = weight.values * np.where(self.rng.random((rows, columns)) < 1 / 24, 8, 1).astype(np.float32)
+        y = self.op.MatMul(x, weight)
         return self.op.Add(y, self.constant(f"{name}.bias", columns, std=0.1)) if self.habits.bias else y
 
     def norm(self, x: Any, name: str, uniform: bool = False) -> Any:
