@@ -145,6 +145,17 @@ class Staging:
             os.replace(beside, self._failed)
         return self._failed
 
+    def keep_log(self, text: str) -> Path:
+        """Write what a vendor's tool printed before it failed to DIR.failed.log, beside where the manifest would be.
+
+        Raises:
+            ResourceError: It cannot be written.
+        """
+        path = self._failed.with_suffix(".log")
+        with resource_errors(str(path)):
+            path.write_text(text, encoding="utf-8")
+        return path
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._journal is not None:
             self._journal.close()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import click
 
 from onnxslim_llm.cli.output import Output, output_options
-from onnxslim_llm.cli.params import PATH, size_option
+from onnxslim_llm.cli.params import PATH, pairs, size_option
 
 __all__ = ["command"]
 
@@ -25,6 +25,13 @@ __all__ = ["command"]
     type=PATH,
     help="Text, .jsonl or .npz inputs to verify and calibrate with; 'self': the model writes its own text.",
 )
+@click.option(
+    "--shape",
+    metavar="NAME=SIZE,...",
+    default="",
+    help="Fix symbolic sizes, like batch=1,seq=128,past=0; targets without dynamic shapes need all of them.",
+)
+@click.option("--target-option", "target_options", metavar="NAME=VALUE", multiple=True, help="An option of the target.")
 @click.option(
     "--kv-cache",
     type=click.Choice(["separate", "shared", "int8"]),
@@ -57,6 +64,8 @@ def command(
     recipe: str | None,
     settings: tuple[str, ...],
     calib: Path | None,
+    shape: str,
+    target_options: tuple[str, ...],
     kv_cache: Literal["separate", "shared", "int8"],
     add_kv_cache: bool,
     logits: Literal["all", "last"],
@@ -87,6 +96,8 @@ def command(
                 recipe=recipe,
                 settings=settings,
                 calib=calib,
+                shape=shape,
+                target_options=pairs(target_options, "--target-option"),
                 kv_cache=kv_cache,
                 add_kv_cache=add_kv_cache,
                 logits=logits,

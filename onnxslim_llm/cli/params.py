@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
-__all__ = ["PATH", "parse_size", "size_option"]
+from onnxslim_llm.errors import UsageError
+
+__all__ = ["PATH", "pairs", "parse_size", "size_option"]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -34,6 +37,21 @@ def size_option(_: click.Context, __: click.Parameter, value: str | None) -> int
         return None if value is None else parse_size(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
+
+
+def pairs(texts: Iterable[str], option: str) -> dict[str, str]:
+    """Return the options of NAME=VALUE texts by name.
+
+    Raises:
+        UsageError: A text is of another form.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise UsageError(f"'{text}' is no NAME=VALUE", where=option)
+        found[name.strip()] = value.strip()
+    return found
 
 
 class _Path(click.Path):

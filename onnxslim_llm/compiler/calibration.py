@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,8 @@ WINDOW = 512
 #: The model writes fewer: each costs a step of its own, though many rows are written at once.
 SELF_TOKENS = 16_384
 _SELF_ROWS = 32
+#: From this size of the weights on, a step takes a second or so: then shorter rows, fewer tokens.
+_LARGE_BYTES, _LARGE_WINDOW, _LARGE_TOKENS = 1 << 30, 128, 4096
 
 _ARRAYS = (".npz", ".npy")
 
@@ -86,7 +88,7 @@ class Calibrator:
                 calibration,
                 self.folder,
                 threads=self.threads,
-                progress=lambda done, total: self.progress.advance(done),
+                progress=lambda done, total: self.progress.advance(done, f"{done} of {total}"),
             )
             self.notes += notes
         return self._statistics
@@ -134,6 +136,17 @@ class Calibrator:
         """Remove what was stored: the weights are written."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def tokens(self) -> np.ndarray[tuple[int], np.dtype[np.int64]] | None:
+        """Return the tokens of the user's text; None if there is none.
+
+        Raises:
+            UsageError: It cannot be read.
+        """
+        if self.data is None or str(self.data) == SELF or not self.data.exists():
+            return None
+        files = self._files()
+        return None if any(file.suffix in _ARRAYS for file in files) else self._read(files)
+
     def stub(self) -> onnx.ModelProto:
         """Return the source without its weights."""
         return open_model(self.source).to_proto("omit")
@@ -166,8 +179,28 @@ class Calibrator:
         runner = DecoderRunner(session, signature)
         context = SideFiles.of(self.source.parent).context_length
         window = min(WINDOW, signature.length or WINDOW, context or WINDOW)
-        tokens = written_by(runner, window) if itself else self._read(files)
-        return TokenCalibration.checked(tokens[:TOKENS], window, runner.vocab, runner.arrays)
+        if itself:
+            large = _model_bytes(self.source) > _LARGE_BYTES
+            window, total = (min(window, _LARGE_WINDOW), _LARGE_TOKENS) if large else (window, SELF_TOKENS)
+            self.progress.stage("calibrate: the model writes", None, "tokens")
+            progress = self.progress
+            told = written_by(runner, window, total, lambda done, of: progress.advance(done, f"{done} of {of}"))
+            return TokenCalibration.checked(told, window, runner.vocab, runner.arrays)
+        calibration = TokenCalibration.checked(self._read(files)[:TOKENS], window, runner.vocab, runner.arrays)
+        self._look_at(calibration, runner)
+        return calibration
+
+    def _look_at(self, calibration: TokenCalibration, runner: DecoderRunner) -> None:
+        """Note what is odd about a text."""
+        from onnxslim_llm.stats.surprise import measure_surprise
+
+        found = measure_surprise(runner, calibration.tokens, calibration.window)
+        if found is not None and found.foreign:
+            self.notes.append(
+                f"the calibration text is not what the model knows: its loss is {found.loss:.1f} nats a token where "
+                f"the model expects {found.entropy:.1f}; another language, or the wrong tokenizer? Weights fitted to "
+                "it may be worse on other text"
+            )
 
     def _files(self) -> list[Path]:
         assert self.data is not None
@@ -215,8 +248,13 @@ def _pieces(file: Path) -> Iterator[str | list[int]]:
             raise UsageError(f"line {number} has neither text nor tokens", where=str(file), todo=todo)
 
 
+def _model_bytes(source: Path) -> int:
+    """Bytes of the weights of a source model."""
+    return open_model(source).weight_bytes()
+
+
 def written_by(
-    runner: DecoderRunner, window: int, total: int = SELF_TOKENS
+    runner: DecoderRunner, window: int, total: int = SELF_TOKENS, progress: Callable[[int, int], None] | None = None
 ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Return token ids sampled from the model itself, many rows at once, each from a random first token.
 
@@ -224,12 +262,14 @@ def written_by(
         runner: The model.
         window: Tokens of a row.
         total: How many tokens to write; the rows of a batch are always finished.
+        progress: Called with (done, of how many) tokens.
     """
     rng = np.random.default_rng(0)
     fixed = runner.signature.batch
     rows = fixed or _SELF_ROWS
     written = []
-    for _ in range(max(1, total // (rows * window))):
+    batches = max(1, total // (rows * window))
+    for batch in range(batches):
         ids = rng.integers(0, runner.vocab, (rows, 1))
         logits, state = runner.extend(ids)
         for _ in range(window - 1):
@@ -238,5 +278,7 @@ def written_by(
             chosen = np.argmax(last + rng.gumbel(size=last.shape), axis=-1)[:, None]
             ids = np.concatenate([ids, chosen], axis=1)
             logits, state = runner.extend(chosen, state)
+            if progress:
+                progress((batch * window + ids.shape[1]) * rows, batches * window * rows)
         written.append(ids)
     return np.concatenate(written).reshape(-1).astype(np.int64)

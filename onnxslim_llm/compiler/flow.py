@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -21,6 +21,7 @@ from onnxslim_llm.compiler.bundle import bundle_operators, check_library
 from onnxslim_llm.compiler.calibration import SELF, Calibrator
 from onnxslim_llm.compiler.client_files import write_client_files
 from onnxslim_llm.compiler.defaults import default_output, default_recipe, rounds_activations
+from onnxslim_llm.compiler.fixed_source import FixedSource, Shapes
 from onnxslim_llm.compiler.fusion import FusionCensus
 from onnxslim_llm.compiler.lowering import KvCache, check_opset, in_order, intake_passes, lowering_passes
 from onnxslim_llm.compiler.nonfinite import NonFinite, nonfinite_weights
@@ -36,10 +37,12 @@ from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.passes import Pass
 from onnxslim_llm.rewrite.pipeline import PassRecord, Pipeline
 from onnxslim_llm.targets import Target, get_target
+from onnxslim_llm.targets.base import VendorError
 
 __all__ = ["MODEL_NAME", "CompileResult", "compile"]
 
 MODEL_NAME = "model.onnx"
+FIXED_NAME = "fixed"  # the source with fixed sizes; likewise
 STATISTICS_NAME = "statistics"  # a folder of the work in progress; never part of an artifact
 VerifyLevel = Literal["fast", "full", "off"]
 Logits = Literal["all", "last"]
@@ -68,6 +71,8 @@ def compile(  # noqa: A001
     calib: str | Path | None = None,
     jobs: int | None = None,
     memory_limit: int | None = None,
+    shape: str = "",
+    target_options: Mapping[str, str] | None = None,
     kv_cache: KvCache = "separate",
     add_kv_cache: bool = False,
     logits: Logits = "all",
@@ -90,6 +95,8 @@ def compile(  # noqa: A001
             passes that work from statistics; "self" lets the model write the text.
         jobs: Threads for weight work and verification; default: all usable CPUs. The artifact does not depend on it.
         memory_limit: Bytes of weights in work at a time.
+        shape: Sizes for symbolic dimensions, such as "batch=1,seq=128"; targets with fixed shapes need all of them.
+        target_options: Options of the target's own.
         kv_cache: "separate": cache inputs and outputs as in the source. "shared": each pair is one buffer, extended in
             place. "int8": that, with int8 entries; the loss is what `verify` in the manifest says.
         add_kv_cache: Give a decoder that reads the whole text in every run a KV cache.
@@ -119,7 +126,9 @@ def compile(  # noqa: A001
         raise UsageError(f"'{logits}' logits are unknown", where="--logits", todo="use all or last")
     path = resolve_model_path(source)
     folder = Path(source).is_dir()
-    goal = get_target(target)
+    goal = get_target(target).with_options(target_options or {})
+    if goal.extra:
+        goal.require()  # without the vendor's tools there is no artifact: tell before work is spent
     check_opset(goal, opset)
     check_library(bundle_ops)
     chosen = _load_recipe(recipe)
@@ -132,6 +141,7 @@ def compile(  # noqa: A001
         model = open_model(path)
         account.opened(model)
         check_opset(goal, opset, model.opset())
+        shapes = Shapes.of(model, goal, shape)
         if chosen is None:
             chosen, why = default_recipe(model)
             account.note(why)
@@ -140,7 +150,7 @@ def compile(  # noqa: A001
             chosen = chosen.model_copy(update={"gates": "int8"})
         account.recipe = chosen
         data = account.source_data
-        staging.begin(compile_identity(path, data, _identity(goal, chosen, kv_cache, opset)), resume=resume)
+        staging.begin(compile_identity(path, data, _identity(goal, chosen, kv_cache, opset, shapes)), resume=resume)
         weights = [os.path.relpath(f.resolve(), path.parent.resolve()) for f in data]
         if verify == "off":  # without proof wanted, the weights need not be read once more for their hash
             source_hashes = hasher.submit(path.parent, [path.name], weights)
@@ -150,16 +160,30 @@ def compile(  # noqa: A001
         given = Path(calib) if calib else None
         calibrator = Calibrator(path, given, staging.directory / STATISTICS_NAME, account.threads, progress)
         text = given if given and str(given) != SELF and given.suffix != ".jsonl" else None
-        judge = Judge(path, goal, chosen, verify, text, account.threads, progress, calibrator)
-        passes = [*intake_passes(goal), *in_order(chosen.build(), lowering_passes(goal, kv_cache, opset))]
+        fixed = None
+        if shapes.text:
+            fixed = FixedSource(path, shapes, staging.directory / FIXED_NAME, account.threads)
+            samples = fixed.samples(calibrator.tokens())
+            calibrator = replace(calibrator, source=fixed.path, data=samples or given)
+            text = samples or text
+        runs_as = fixed.path if fixed else path
+        judge = Judge(runs_as, goal, chosen, verify, text, account.threads, progress, calibrator)
+        lowering = shapes.for_lowering(lowering_passes(goal, kv_cache, opset))
+        passes = [*shapes.passes(), *intake_passes(goal), *in_order(chosen.build(), lowering)]
         job = _Job(passes, goal, staging, account, progress, judge, calibrator, memory_limit)
-        verified = job.run(model)
+        try:
+            verified = job.run(model)
+        except VendorError as error:
+            error.todo = f"{error.todo}; its log is {staging.keep_log(error.log)}"
+            raise
         if kv_cache == "int8" and verified is not None and verified.kl_mean is not None:
             exact = all(step.lossless for step in chosen.build())
             what = "the int8 KV cache costs" if exact else "the recipe and the int8 KV cache cost"
             account.note(f"{what} a mean KL divergence of {verified.kl_mean:.2g}")
         calibrator.discard()
         quality = judge.measure(staging.directory / MODEL_NAME)
+        if fixed is not None:
+            fixed.discard()
         written, remarks = write_client_files(staging.directory / MODEL_NAME, path.parent)
         carried, notes = carry_side_files(path.parent, staging.directory, only_known=not folder)
         bundled, needs = bundle_operators(staging.directory / MODEL_NAME, bundle_ops)
@@ -213,9 +237,11 @@ def _wanted_fusions(add_kv_cache: bool, logits: Logits) -> list[str]:
     return [*wanted, "keep_last_logits"] if logits == "last" else wanted
 
 
-def _identity(target: Target, recipe: Recipe, kv_cache: KvCache, opset: int | None) -> dict[str, object]:
+def _identity(
+    target: Target, recipe: Recipe, kv_cache: KvCache, opset: int | None, shapes: Shapes
+) -> dict[str, object]:
     identity = {"version": __version__, "target": target.name, "lowering": target.lowering}
-    return {**identity, "recipe": recipe.resolved(), "kv_cache": kv_cache, "opset": opset}
+    return {**identity, "recipe": recipe.resolved(), "kv_cache": kv_cache, "opset": opset, "shape": shapes.text}
 
 
 def _write_report(manifest: Manifest, directory: Path) -> None:
@@ -317,6 +343,12 @@ class _Job:
         for file in report.files:
             self.staging.written(file)
         self.report_names = [os.path.relpath(f, self.staging.directory) for f in report.files]
+        if self.target.extra:
+            self.progress.stage("compile for the device", None)
+        finished = self.target.finish(destination, threads=self.account.threads)
+        self.report_names += finished.files
+        for note in finished.notes:
+            self.account.note(note)
         return report
 
 

@@ -32,6 +32,10 @@ IN_MEMORY_BYTES = 1 << 30
 #: Tokens of the calibration text that quality is measured on.
 QUALITY_TOKENS = {"fast": 4096, "full": 65_536}
 
+#: In a simulator a run takes seconds: so many cases and tokens are enough to tell a wrong artifact.
+SIMULATED_CASES = 4
+SIMULATED_TOKENS = {"fast": 256, "full": 4096}
+
 #: The pass after which a decoder has a KV cache though its source has none.
 _ADDS_CACHE = "add_kv_cache"
 _ARRAY_SUFFIXES = (".npz", ".npy")
@@ -120,7 +124,7 @@ class Judge:
             texts[0],
             load_tokenizer(self._source.parent),
             versus=self._open().session,
-            max_tokens=QUALITY_TOKENS[self._level],
+            max_tokens=(SIMULATED_TOKENS if self._target.simulated else QUALITY_TOKENS)[self._level],
             progress=self._advance,
         )
         difference = found.difference
@@ -204,6 +208,7 @@ class Judge:
     def _open(self) -> Verifier:
         if self._verifier is None:
             from onnxslim_llm.verify.check import Verifier  # loads onnxruntime: not for --verify off
+            from onnxslim_llm.verify.inputs import shorter
 
             level: Level = "full" if self._level == "full" else "fast"
             tokens, arrays = self._inputs()
@@ -215,6 +220,8 @@ class Judge:
                 threads=self._threads,
                 stepwise=any(step.name == _ADDS_CACHE for step in self._recipe.passes),
             )
+            if self._target.simulated:
+                self._verifier.plan = shorter(self._verifier.plan, SIMULATED_CASES)
         return self._verifier
 
     def _inputs(self) -> tuple[list[int] | None, Path | None]:

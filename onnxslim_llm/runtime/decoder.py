@@ -150,6 +150,11 @@ class DecoderRunner:
         mask = np.ones(ids.shape, np.int64) if mask is None else mask
         return {**self._feeds(ids, mask, 0), **self._empty_caches(*ids.shape)}
 
+    def step_feeds(self, ids: Array, state: DecoderState) -> dict[str, Any]:
+        """Values of all inputs but the caches for a run over `ids` [B, S] after what `state` has seen."""
+        mask = np.concatenate([state.mask, np.ones(ids.shape, np.int64)], axis=1)
+        return self._feeds(ids, mask, state.length)
+
     def arrays(self, ids: Array, mask: Array | None = None) -> dict[str, Array]:
         """As `feeds`, as numpy arrays that own their memory."""
         return {name: self.session.array(value).copy() for name, value in self.feeds(ids, mask).items()}

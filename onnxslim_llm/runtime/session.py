@@ -8,8 +8,8 @@ from __future__ import annotations
 import ctypes
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from onnxslim_llm.errors import ModelError, ResourceError, SlimError, UsageError
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-__all__ = ["Session", "TensorInfo", "inputs_of", "open_session", "outputs_of"]
+__all__ = ["Session", "TensorInfo", "inputs_of", "open_session", "open_with_options", "outputs_of"]
 
 Dim = int | str | None
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -95,10 +95,18 @@ class Session:
     Args:
         inference: the onnxruntime InferenceSession, for example one that a target has opened.
         where: file or label of the model, for messages.
+        around: entered during each run, for providers that print.
     """
 
-    def __init__(self, inference: ort.InferenceSession, where: str = "") -> None:
+    def __init__(
+        self,
+        inference: ort.InferenceSession,
+        where: str = "",
+        *,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self.inference = inference
+        self._around = around
         self.where = where
         self.inputs = tuple(_from_node_arg(arg) for arg in inference.get_inputs())
         self.outputs = tuple(_from_node_arg(arg) for arg in inference.get_outputs())
@@ -124,7 +132,7 @@ class Session:
         missing = [info.name for info in self.inputs if info.name not in feeds]
         if missing:
             raise ModelError(f"inputs are missing: {', '.join(missing)}", where=self.where)
-        with _ort_errors(self.where, "run"):
+        with _ort_errors(self.where, "run"), self._around():
             return dict(zip(names, self.inference.run_with_ort_values(names, dict(feeds)), strict=True))
 
     def run_in_place(
@@ -238,6 +246,30 @@ def open_session(
     with _ort_errors(where, "open"):
         source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
         return Session(_open(source, options), where)
+
+
+def open_with_options(
+    path: Path, options: ort.SessionOptions, *, around: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> Session:
+    """Open a model file with options that already name its provider, for targets that are no CPUs.
+
+    Args:
+        path: The .onnx file.
+        options: Of ONNX Runtime.
+        around: Entered while the provider works.
+
+    Raises:
+        ModelError: ONNX Runtime refuses the model; the node or op is named.
+        ResourceError: memory ran out.
+    """
+    import onnxruntime as ort
+
+    if not path.is_file():
+        raise ModelError("there is no such model file", where=str(path))
+    options.log_severity_level = _LOG_FATAL
+    with _ort_errors(str(path), "open"), around():
+        inference = ort.InferenceSession(str(path), options)
+    return Session(inference, str(path), around=around)
 
 
 def _open(source: bytes | str, options: ort.SessionOptions) -> ort.InferenceSession:

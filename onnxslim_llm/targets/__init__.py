@@ -11,11 +11,12 @@ from onnxslim_llm.targets.base import Target, Violation
 from onnxslim_llm.targets.ort_cpu import ORT_CPU
 from onnxslim_llm.targets.ort_cpu_ops import ORT_CPU_OPS
 from onnxslim_llm.targets.portable import PORTABLE
+from onnxslim_llm.targets.qnn_htp import QNN_HTP
 
 __all__ = ["TARGETS", "Target", "Violation", "all_targets", "get_target"]
 
 #: The project's own targets; the first one is the default.
-TARGETS: tuple[Target, ...] = (PORTABLE, ORT_CPU, ORT_CPU_OPS)
+TARGETS: tuple[Target, ...] = (PORTABLE, ORT_CPU, ORT_CPU_OPS, QNN_HTP)
 
 
 @cache

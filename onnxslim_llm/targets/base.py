@@ -9,15 +9,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxslim_llm.custom_ops import ops
-from onnxslim_llm.errors import ResourceError, UsageError
-from onnxslim_llm.targets.lint import Violation, lint_model
+from onnxslim_llm.errors import GateError, ResourceError, UsageError
+from onnxslim_llm.targets.lint import Violation, free_sizes, lint_model
 from onnxslim_llm.targets.qdq_rules import QdqRules
 
 if TYPE_CHECKING:
     from onnxslim_llm.ir.model import Model
     from onnxslim_llm.runtime.session import Session
 
-__all__ = ["Target", "Violation"]
+__all__ = ["Finished", "Target", "VendorError", "Violation"]
+
+
+class VendorError(GateError):
+    """The vendor's compiler refused, crashed or took too long; nothing was published.
+
+    Attributes:
+        log: All that it printed.
+    """
+
+    log: str = ""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a target adds to an artifact after the model was written.
+
+    Attributes:
+        files: Names of further files in the artifact's folder.
+        notes: One-line remarks for the user.
+    """
+
+    files: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -35,6 +58,9 @@ class Target:
         needs_operators: Artifacts need the project's own operator library.
         session_config: Session options that an artifact is opened with, and that deployments should use.
         qdq: What the target computes on integers; None where activations always stay float.
+        fixed_shapes: All sizes must be numbers.
+        simulated: Runs here take thousands of times as long as on the device.
+        extra: The optional dependency of this project that brings the runtime; "" where it is always there.
     """
 
     name: str
@@ -48,6 +74,9 @@ class Target:
     needs_operators: bool = False
     session_config: Mapping[str, str] = field(default_factory=dict)
     qdq: QdqRules | None = None
+    fixed_shapes: bool = False
+    simulated: bool = False
+    extra: str = ""
 
     def installed(self) -> tuple[bool, str]:
         """Return whether artifacts can be run here, and the runtime's version or what is missing."""
@@ -72,12 +101,46 @@ class Target:
         """
         from onnxslim_llm.runtime.session import open_session  # loads the runtime
 
-        there, what = self.installed()
-        if not there:
-            reinstall = "reinstall onnxslim-llm with a C++ compiler"
-            todo = reinstall if ops.LIBRARY_NAME in what else f"pip install {self.package}"
-            raise ResourceError(what, where=f"target '{self.name}'", todo=todo)
+        self.require()
         return open_session(path, threads=threads, config=self.session_config)
+
+    def require(self) -> None:
+        """Check that artifacts can be run here.
+
+        Raises:
+            ResourceError: They cannot; it says what to install.
+        """
+        there, what = self.installed()
+        if there:
+            return
+        todo = f"pip install {self.package}"
+        if self.extra:
+            todo = f'pip install "onnxslim-llm[{self.extra}]"'
+        if ops.LIBRARY_NAME in what:
+            todo = "reinstall onnxslim-llm with a C++ compiler"
+        raise ResourceError(what, where=f"target '{self.name}'", todo=todo)
+
+    def with_options(self, options: Mapping[str, str]) -> Target:
+        """Return the target with options of its own, as given to --target-option.
+
+        Raises:
+            UsageError: It has no such option.
+        """
+        for name in options:
+            raise UsageError(f"target '{self.name}' has no option '{name}'", where="--target-option")
+        return self
+
+    def finish(self, artifact: Path, *, threads: int = 0) -> Finished:
+        """Add to the folder of a written model what the target needs besides, such as what its compiler makes of it.
+
+        Args:
+            artifact: The .onnx file.
+            threads: Threads that this may take; 0 leaves the choice to the tools.
+
+        Raises:
+            VendorError: The vendor's compiler fails on the model.
+        """
+        return Finished()
 
     def check_opset(self, version: int) -> None:
         """Check that artifacts may have this version of ai.onnx.
@@ -91,4 +154,5 @@ class Target:
 
     def lint(self, model: Model) -> list[Violation]:
         """Return everything in the model that the target does not accept; empty for an artifact."""
-        return lint_model(model, domains=self.domains, opsets=(self.min_opset, self.max_opset))
+        found = lint_model(model, domains=self.domains, opsets=(self.min_opset, self.max_opset))
+        return [*found, *(free_sizes(model) if self.fixed_shapes else ())]

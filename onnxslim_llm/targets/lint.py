@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from onnxslim_llm.concepts.concept import DOMAIN
+from onnxslim_llm.ir.shapes.fixing import free_dimensions
 from onnxslim_llm.rewrite.schema import normal_domain, schema_of
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from onnxslim_llm.ir.model import Model
 
-__all__ = ["Violation", "lint_model"]
+__all__ = ["Violation", "free_sizes", "lint_model", "place_of"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,17 @@ def lint_model(model: Model, *, domains: Collection[str], opsets: tuple[int, int
     ]
 
 
+def free_sizes(model: Model) -> Iterator[Violation]:
+    """Yield the dimensions of inputs that are no numbers."""
+    for where, name in free_dimensions(model.graph.inputs):
+        yield Violation(where, f"the size '{name}' is not fixed", f"--shape {name}=128, or whatever it should be")
+
+
+def place_of(node: gs.Node) -> str:
+    """Return how messages name a node."""
+    return f"{node.op} '{node.name or (node.outputs[0].name if node.outputs else '')}'"
+
+
 def _opset(opset: int, allowed: tuple[int, int]) -> Iterator[Violation]:
     low, high = allowed
     if not low <= opset <= high:
@@ -66,7 +78,7 @@ def _imports(model: Model, domains: Collection[str]) -> Iterator[Violation]:
 
 def _node(node: gs.Node, model: Model, domains: Collection[str]) -> Iterator[Violation]:
     domain = normal_domain(node.domain)
-    where = f"{node.op} '{node.name or (node.outputs[0].name if node.outputs else '')}'"
+    where = place_of(node)
     if domain == DOMAIN:
         yield Violation(where, "it is a concept of the compiler", "run the target's lowering")
     elif any(f.domain == node.domain and f.name == node.op for f in model.functions):

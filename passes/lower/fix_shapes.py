@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 
 from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.shapes import infer_shapes, shape_of
-from onnxslim_llm.ir.shapes.fixing import parse_sizes, resolve_sizes, substitute
+from onnxslim_llm.ir.shapes.fixing import free_dimensions, parse_sizes, resolve_sizes, substitute
 from onnxslim_llm.ir.weights import constant
 from onnxslim_llm.passes.lower.empty_operands import drop_empty_operands
 from onnxslim_llm.rewrite.edit import redirect
@@ -60,6 +60,8 @@ class FixShapes(Pass):
             UsageError: A name fits no dimension, or several; or an output has no elements with these sizes.
         """
         change = Change()
+        if not free_dimensions(model.graph.inputs):  # the sizes are fixed already
+            return change
         sizes = resolve_sizes(model.graph.inputs, parse_sizes(self.sizes))
         if not sizes:
             return change

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from onnx import TensorProto
 
 from onnxslim_llm.rewrite.constants import constant_value
 from onnxslim_llm.rewrite.edit import Builder
@@ -114,10 +115,26 @@ class LegalBiases:
                 continue
             if constant_value(x) is not None:
                 return None
+            hidden = _complement(x) if float(value.reshape(-1)[0]) < 0 else None
+            if hidden is not None:
+                return self.of_condition(self._is_set(hidden))
             size = np.full(value.shape, np.sign(float(value.reshape(-1)[0])) * -self._lowest)
             wide = self._op.Cast(x, to=_float_type(self._dtype)) if x.dtype != self._dtype else x
             return self._op.Mul(wide, self._constant(size))
         return None
+
+    def _is_set(self, mask: gs.Tensor) -> gs.Tensor:
+        """Return where a mask of booleans or integers is not 0."""
+        if np.dtype(mask.dtype) == np.bool_:
+            return mask
+        key = (id(mask), "set")
+        if key not in self._made:
+            made = self._op.Greater(mask, np.array(0, mask.dtype))
+            made.dtype = np.dtype(np.bool_)
+            self._made[key] = made
+        found = self._made[key]
+        assert found is not None
+        return found
 
     def _from_condition(self, condition: gs.Tensor, shown: bool) -> gs.Tensor:
         value = constant_value(condition, limit=1 << 26)
@@ -131,14 +148,29 @@ class LegalBiases:
         if node is not None and node.op in _CARRIERS:
             inner = self.of_condition(node.inputs[0], shown)
             return self._op.call("", node.op, inner, *node.inputs[1:], **node.attrs)
-        number = self._op.Cast(condition, to=_float_type(self._dtype))
-        if shown:
-            number = self._op.Sub(number, self._constant(np.array(1.0)))
-            return self._op.Mul(number, self._constant(np.array(-self._lowest)))
-        return self._op.Mul(number, self._constant(np.array(self._lowest)))
+        # Looked up, not computed: so the range of the bias is that of a table, whatever the data hide.
+        table = self._constant(np.array([self._lowest, 0.0] if shown else [0.0, self._lowest]))
+        return self._op.Gather(table, self._op.Cast(condition, to=TensorProto.INT32), axis=0)
 
     def _constant(self, value: Any) -> gs.Tensor:
         return self._op.constant(np.asarray(value).astype(self._dtype), "mask/bias")
+
+
+def _complement(tensor: gs.Tensor) -> gs.Tensor | None:
+    """Return the integers or booleans m of a tensor 1 - m, seen through Cast; None if it is none."""
+    node = producer_of(tensor)
+    if node is None or node.op != "Sub":
+        return None
+    one = constant_value(node.inputs[0])
+    inner = node.inputs[1]
+    while one is not None and np.all(one == 1):
+        maker = producer_of(inner)
+        if inner.dtype is not None and np.dtype(inner.dtype).kind in "iub":
+            return inner
+        if maker is None or maker.op != "Cast":
+            return None
+        inner = maker.inputs[0]
+    return None
 
 
 def hides(tensor: gs.Tensor) -> bool:

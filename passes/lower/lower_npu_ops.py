@@ -39,8 +39,8 @@ def _body(op: Builder, call: gs.Node, graph: gs.Graph) -> None:
 class LowerNpuOps(Pass):
     """Keep norms and Gelu whole, and take attention and rotary embeddings apart, into products that take few bits.
 
-    Compilers for neural processors have kernels for norms, whose squares and means need more than 8 or 16 bits, but none
-    for attention. The opset becomes 23 for RMSNormalization where `native_norms` asks for it, else stays.
+    Compilers for neural processors have kernels for norms, whose squares and means need more than 8 or 16 bits, but
+    none for attention. The opset becomes 23 for RMSNormalization where `native_norms` asks for it, else stays.
 
     Before:
         n = onnxslim_llm.RMSNorm <epsilon = 1e-6> (x, weight)

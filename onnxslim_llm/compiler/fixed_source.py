@@ -1,0 +1,167 @@
+"""A source whose sizes are fixed, for targets that take nothing else: it runs beside the artifact on equal inputs."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxslim_llm.artifact.sidefiles import carry_side_files
+from onnxslim_llm.errors import ModelError, UsageError
+from onnxslim_llm.ir.model import Model, open_model
+from onnxslim_llm.ir.save import SaveOptions, save_model
+from onnxslim_llm.ir.shapes.fixing import OPTION, free_dimensions, parse_sizes, resolve_sizes
+from onnxslim_llm.rewrite.context import Context
+from onnxslim_llm.rewrite.passes import Pass
+from onnxslim_llm.rewrite.registry import make_pass
+from onnxslim_llm.runtime.signature import find_decoder
+from onnxslim_llm.targets import Target
+
+__all__ = ["FixedSource", "Shapes"]
+
+_SAMPLES = "samples"
+#: Steps with a full cache that ranges and gates are taken from: each is one token of its own text.
+_STEPS = 16
+_ROTARY = "fold_rotary_tables"
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes that were asked for, resolved for one model.
+
+    Attributes:
+        sizes: By symbol, or by "INPUT.AXIS".
+        text: As the pass fix_shapes takes them.
+        positions: The longest text that fits, cache included; 0 if the model's inputs do not say it.
+    """
+
+    sizes: dict[str, int]
+    text: str
+    positions: int
+
+    @classmethod
+    def of(cls, model: Model, target: Target, wanted: str) -> Shapes:
+        """Check the sizes against the model and the target.
+
+        Raises:
+            UsageError: A name fits no dimension, or the target needs a size that is not given.
+        """
+        sizes = resolve_sizes(model.graph.inputs, parse_sizes(wanted))
+        missing = [(where, name) for where, name in free_dimensions(model.graph.inputs) if name not in sizes]
+        if target.fixed_shapes and missing:
+            where, name = missing[0]
+            others = "".join(f",{other}=..." for _, other in missing[1:])
+            raise UsageError(
+                f"target '{target.name}' needs fixed sizes, and '{name}' has none",
+                where=where,
+                todo=f"{OPTION} {name}=128{others} (0 for the cache of a graph that reads prompts)",
+            )
+        text = ",".join(f"{name}={size}" for name, size in sizes.items())
+        fixed = model.copy()
+        if text:
+            make_pass("fix_shapes", {"sizes": text}).apply(fixed, Context())
+        return cls(sizes, text, _longest(fixed) if target.fixed_shapes else 0)
+
+    def passes(self) -> list[Pass]:
+        """Return the pass that fixes the sizes, if any are given."""
+        return [make_pass("fix_shapes", {"sizes": self.text})] if self.text else []
+
+    def for_lowering(self, steps: list[Pass]) -> list[Pass]:
+        """Return the passes with what the sizes tell: a fixed text has as many positions as tokens."""
+        if not self.positions:
+            return steps
+        table = make_pass(_ROTARY, {"positions": self.positions, "max_share": 1.0})
+        return [table if step.name == _ROTARY else step for step in steps]
+
+
+def _longest(model: Model) -> int:
+    """Return the largest size of the second axis of integer inputs: tokens, or the mask over cache and tokens."""
+    integers = [t for t in model.graph.inputs if t.dtype is not None and np.dtype(t.dtype).kind in "iu" and t.shape]
+    return max((t.shape[1] for t in integers if len(t.shape) == 2 and isinstance(t.shape[1], int)), default=0)
+
+
+class FixedSource:
+    """The source with fixed sizes, in a folder of the work in progress.
+
+    Args:
+        source: The .onnx file.
+        shapes: What is fixed.
+        folder: Where it may lie; `discard` removes it.
+        threads: Of the runtime.
+    """
+
+    def __init__(self, source: Path, shapes: Shapes, folder: Path, threads: int) -> None:
+        self._source = source
+        self._folder = folder
+        self._threads = threads
+        folder.mkdir(parents=True, exist_ok=True)
+        model = open_model(source)
+        make_pass("fix_shapes", {"sizes": shapes.text}).apply(model, Context())
+        self.path = folder / "source.onnx"
+        save_model(model, self.path, SaveOptions(jobs=threads))
+        carry_side_files(source.parent, folder, only_known=True)
+        self._caches = [tensor for tensor in model.graph.inputs if _is_cache(tensor)]
+
+    def samples(self, tokens: np.ndarray[tuple[int], np.dtype[np.int64]] | None) -> Path | None:
+        """Write inputs of steps with a full cache: only what the model itself has seen makes a cache.
+
+        Args:
+            tokens: Of real text; None: random ones.
+
+        Returns:
+            A folder of .npz files; None if the fixed model has no cache.
+
+        Raises:
+            UsageError: The model is no decoder that could fill its cache.
+        """
+        if not self._caches:
+            return None
+        from onnxslim_llm.runtime.decoder import DecoderRunner
+        from onnxslim_llm.runtime.session import open_session
+
+        session = open_session(self._source, threads=self._threads)
+        signature, why = find_decoder(session)
+        fixed = {info.name: info.shape for info in open_session(self.path, threads=self._threads).inputs}
+        if signature is None or not signature.caches:
+            raise UsageError(
+                f"the cache cannot be filled: {why or 'it has none'}", where=OPTION, todo="fix its size to 0"
+            )
+        runner = DecoderRunner(session, signature)
+        pair = signature.caches[0]
+        batch, new = (int(size) for size in fixed[signature.ids] or ())  # type: ignore[arg-type]
+        past = int((fixed[pair.past] or ())[pair.sequence_axis])  # type: ignore[arg-type]
+        rows = _rows(tokens, runner.vocab, past + new, batch)
+        folder = self._folder / _SAMPLES
+        folder.mkdir(exist_ok=True)
+        for number, ids in enumerate(rows):
+            _, state = runner.extend(ids[:, :past])
+            values = {**runner.step_feeds(ids[:, past:], state), **state.caches}
+            arrays = {name: session.array(values[name]) for name in fixed}
+            np.savez(folder / f"step-{number:03}.npz", **arrays)  # type: ignore[arg-type]  # names are no options
+        return folder
+
+    def discard(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _is_cache(tensor: gs.Tensor) -> bool:
+    return tensor.dtype is not None and np.dtype(tensor.dtype).kind in "fV" and len(tensor.shape or ()) >= 3
+
+
+def _rows(
+    tokens: np.ndarray[tuple[int], np.dtype[np.int64]] | None, vocab: int, length: int, batch: int
+) -> np.ndarray[tuple[int, int, int], np.dtype[np.int64]]:
+    """Return [steps, batch, length] token ids.
+
+    Raises:
+        ModelError: The text has a token that the model does not know.
+    """
+    if tokens is None or not tokens.size:
+        return np.random.default_rng(0).integers(0, vocab, (_STEPS, batch, length))
+    if int(tokens.max()) >= vocab:
+        raise ModelError(f"the text has the token {int(tokens.max())}, the vocabulary {vocab}", where="--calib")
+    return np.resize(tokens, (_STEPS, batch, length))

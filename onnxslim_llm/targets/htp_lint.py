@@ -1,0 +1,72 @@
+"""What Qualcomm's HTP does not take, measured with onnxruntime-qnn 2.7.0 (htp_arch 75), 2026-11-21."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxslim_llm.ir.shapes import shape_of
+from onnxslim_llm.rewrite.constants import constant_value
+from onnxslim_llm.rewrite.schema import normal_domain
+from onnxslim_llm.targets.lint import Violation, place_of
+
+if TYPE_CHECKING:
+    from onnxslim_llm.ir.model import Model
+
+__all__ = ["htp_violations"]
+
+#: Operators that the provider has no builder for, and the nearest form that it has one for.
+NEAREST = {
+    "Attention": "MatMul, Softmax, MatMul: pass lower_npu_ops",
+    "RotaryEmbedding": "Split, Mul, Sub, Add, Concat: pass lower_npu_ops",
+    "Swish": "Mul (x, Sigmoid (x)): pass lower_npu_ops",
+    "Erf": "Gelu of opset 20: pass fuse_activations",
+    "SimplifiedLayerNormalization": "RMSNormalization of opset 23: pass fuse_rms_norm",
+    "Range": "a constant: fixed shapes (--shape) and pass fold_constants",
+    "Shape": "a constant: fixed shapes (--shape) and pass fold_shapes",
+    "ConstantOfShape": "a constant: fixed shapes (--shape) and pass fold_constants",
+    "NonZero": "no form of fixed size: compute it outside of the model",
+    "Loop": "an unrolled graph",
+    "Scan": "an unrolled graph",
+    "If": "the branch that is taken: pass inline_branches",
+    "IsNaN": "masks without infinity, which make no NaN: pass legalize_masks",
+    "IsInf": "masks without infinity: pass legalize_masks",
+    "Trilu": "a constant mask: pass fold_constants",
+    "MatMulNBits": "DequantizeLinear and MatMul: --target portable, then this target",
+}
+_MOST_AXES = 5
+#: Constants below this leave nothing of 8 or 16 bits for what they are added to.
+_LOWEST = -1e4
+
+
+def htp_violations(model: Model) -> Iterator[Violation]:
+    """Yield what keeps a model from running on HTP; its shapes are inferred."""
+    for graph in model.all_graphs():
+        for node in graph.nodes:
+            if normal_domain(node.domain) == "":
+                yield from _node(node)
+
+
+def _node(node: gs.Node) -> Iterator[Violation]:
+    where = place_of(node)
+    if node.op in NEAREST:
+        yield Violation(where, f"HTP has no {node.op}", f"the nearest legal form is {NEAREST[node.op]}")
+    if node.op == "Where" and any(_hides(tensor) for tensor in node.inputs[1:]):
+        yield Violation(where, "it hides elements by a condition", "add a bias instead: pass legalize_masks")
+    elif node.op in ("Add", "Mul", "Min", "Max") and any(_hides(tensor) for tensor in node.inputs):
+        fix = "a bias of moderate size: pass legalize_masks"
+        yield Violation(where, "a constant of -1e4 or less leaves nothing of 16 bits for other values", fix)
+    for tensor in node.outputs:
+        shape = shape_of(tensor) or ()
+        if len(shape) > _MOST_AXES:
+            yield Violation(where, f"its result has {len(shape)} axes, HTP takes {_MOST_AXES}", "reshape it")
+        if 0 in shape:
+            yield Violation(where, f"'{tensor.name}' has no elements", "leave it out: pass fix_shapes")
+
+
+def _hides(tensor: gs.Tensor) -> bool:
+    value = constant_value(tensor)
+    return value is not None and value.dtype.kind == "f" and bool(np.any(value <= _LOWEST))

@@ -1,0 +1,187 @@
+"""Qualcomm's Hexagon Tensor Processor: compiled by the vendor's own compiler, run on the device or in its simulator."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onnxslim_llm.errors import UsageError, did_you_mean
+from onnxslim_llm.targets.base import Finished, Target, VendorError, Violation
+from onnxslim_llm.targets.bounded import Outcome, run_bounded
+from onnxslim_llm.targets.htp_lint import htp_violations
+from onnxslim_llm.targets.htp_rules import HTP_RULES
+from onnxslim_llm.targets.native_output import stdout_to_stderr
+from onnxslim_llm.targets.qnn_provider import EXTRA, PACKAGE, PROVIDER, qnn_options
+
+if TYPE_CHECKING:
+    from onnxslim_llm.ir.model import Model
+    from onnxslim_llm.runtime.session import Session
+
+__all__ = ["CONTEXT_NAME", "PLACEMENT_NAME", "QNN_HTP", "QnnHtpTarget"]
+
+#: The model that names the compiled binary, which lies beside it.
+CONTEXT_NAME = "model_ctx.onnx"
+PLACEMENT_NAME = "placement.json"
+_WORKER = "onnxslim_llm.targets.qnn_worker"
+_SECONDS = 1800.0
+_SHOWN = 5
+_CPU = "CPUExecutionProvider"
+_DEVICES = {PROVIDER: "NPU", _CPU: "CPU"}
+
+_DEFAULTS = {
+    "htp_arch": "75",
+    "soc_model": "0",
+    "htp_graph_finalization_optimization_mode": "3",
+    "htp_performance_mode": "burst",
+}
+_FELL_BACK = "assigned to the default CPU EP"
+_UNSUPPORTED = re.compile(r"\{ name: (?P<name>.*?), type: (?P<op>\w+) \}")
+_REASON = re.compile(r"OrtNodeUnit \((?P<op>\w+)\)[^\n]*\n\s*REASON : (?P<reason>[^\n]*)")
+_INVALID = re.compile(r"failed for node `(?P<name>[^`]*)` of type `(?P<op>\w+)` with error code (?P<code>\d+)")
+
+
+@dataclass(frozen=True)
+class QnnHtpTarget(Target):
+    """ONNX Runtime with Qualcomm's plug-in.
+
+    Attributes:
+        provider_options: Of the plug-in.
+        seconds: Time limit of the vendor's compiler.
+    """
+
+    provider_options: Mapping[str, str] = field(default_factory=lambda: dict(_DEFAULTS))
+    seconds: float = _SECONDS
+
+    def with_options(self, options: Mapping[str, str]) -> Target:
+        """Return the target for another processor, or with another time limit ("seconds").
+
+        Raises:
+            UsageError: Unknown option.
+        """
+        known = {*_DEFAULTS, "seconds"}
+        for name, value in options.items():
+            if name not in known:
+                what = f"target '{self.name}' has no option '{name}'"
+                raise UsageError(what, where="--target-option", todo=did_you_mean(name, known))
+            if name == "seconds" and not (value.isdecimal() and int(value)):
+                raise UsageError(f"'{value}' is no number of seconds", where="--target-option seconds")
+        limit = float(options.get("seconds", self.seconds))
+        chosen = {k: v for k, v in options.items() if k != "seconds"}
+        return replace(self, provider_options={**self.provider_options, **chosen}, seconds=limit)
+
+    def lint(self, model: Model) -> list[Violation]:
+        """Return everything in the model that the target does not accept; empty for an artifact."""
+        return [*super().lint(model), *htp_violations(model)]
+
+    def finish(self, artifact: Path, *, threads: int = 0) -> Finished:
+        """Compile the model for the processor, with no node left to the CPU.
+
+        Raises:
+            ResourceError: The vendor's package is not installed.
+            VendorError: The compiler fails, takes too long, or leaves nodes to the CPU; these are listed.
+        """
+        self.require()
+        context = artifact.parent / CONTEXT_NAME
+        outcome = self._compile(artifact, context, threads, "errors")
+        if not outcome.finished:
+            raise self._failure(artifact, context, threads, outcome)
+        placement = {_DEVICES.get(name, name): nodes for name, nodes in outcome.answer["placement"].items()}
+        listing = {"options": dict(self.provider_options), "nodes": placement}
+        (artifact.parent / PLACEMENT_NAME).write_text(json.dumps(listing, indent=2) + "\n", encoding="utf-8")
+        binaries = sorted(file.name for file in artifact.parent.glob(f"{context.stem}*.bin"))
+        on_npu, total = len(placement.get("NPU", ())), sum(map(len, placement.values()))
+        note = f"Qualcomm's compiler placed {on_npu} of {total} nodes on the NPU ({PLACEMENT_NAME})"
+        return Finished((CONTEXT_NAME, *binaries, PLACEMENT_NAME), (note,))
+
+    def open(self, path: str | Path, *, threads: int = 0) -> Session:
+        """Open what the vendor's compiler made of a model, or the model itself where it was not compiled yet.
+
+        Raises:
+            ModelError: The runtime refuses the model; nodes that would fall back to the CPU are an error.
+            ResourceError: The runtime is not installed.
+        """
+        from onnxslim_llm.runtime.session import open_with_options  # loads the runtime
+
+        self.require()
+        path = Path(path)
+        compiled = path.parent / CONTEXT_NAME
+        options = qnn_options(self.provider_options, {"session.disable_cpu_ep_fallback": "1"})
+        options.intra_op_num_threads = threads
+        return open_with_options(compiled if compiled.is_file() else path, options, around=stdout_to_stderr)
+
+    def _compile(self, artifact: Path, context: Path, threads: int, log: str) -> Outcome:
+        request = {
+            "model": str(artifact.resolve()),
+            "context": str(context.resolve()),
+            "provider_options": dict(self.provider_options),
+            "threads": threads,
+            "log": log,
+        }
+        outcome = run_bounded(_WORKER, request, seconds=self.seconds)
+        if not outcome.finished:
+            for file in artifact.parent.glob(f"{context.stem}*"):
+                file.unlink()
+        return outcome
+
+    def _failure(self, artifact: Path, context: Path, threads: int, outcome: Outcome) -> VendorError:
+        """Return why the compiler failed, with the nodes that it did not take."""
+        refused: list[str] = []
+        if _FELL_BACK in outcome.log or _INVALID.search(outcome.log):
+            outcome = self._compile(artifact, context, threads, "everything")  # it gives reasons only then
+            refused = refused_nodes(outcome.log)
+        if refused:
+            what = f"{len(refused)} node(s) would run on the CPU: {'; '.join(refused[:_SHOWN])}"
+            todo = "`onnxslim-llm targets --target qnn-htp --lint-only MODEL` names the nearest legal forms"
+        elif outcome.ended.startswith("timed out"):
+            what, todo = f"Qualcomm's compiler {outcome.ended}", "--target-option seconds=N gives it more time"
+        else:
+            last = next((line for line in reversed(outcome.log.splitlines()) if line.strip()), "it said nothing")
+            what, todo = f"Qualcomm's compiler failed ({outcome.ended}): {last.strip()}", "see its log"
+        error = VendorError(f"{what}; nothing was published", where=f"target '{self.name}'", todo=todo)
+        error.log = outcome.log
+        return error
+
+
+def refused_nodes(log: str) -> list[str]:
+    """Return the nodes that the provider did not take, with its reasons, from its log."""
+    reasons: dict[str, str] = {}
+    for found in _REASON.finditer(log):
+        reasons.setdefault(found["op"], found["reason"].strip())
+    codes = {
+        found["name"]: f"its types or shapes are not supported, error {found['code']}"
+        for found in _INVALID.finditer(log)
+    }
+    nodes: dict[str, str] = {}
+    for line in log.splitlines():
+        if "Unsupported nodes in QNN EP" in line:
+            for found in _UNSUPPORTED.finditer(line):
+                why = codes.get(found["name"]) or reasons.get(found["op"], "")
+                nodes.setdefault(found["name"], f"{found['op']} '{found['name']}'" + (f" ({why})" if why else ""))
+    return list(nodes.values())
+
+
+QNN_HTP = QnnHtpTarget(
+    name="qnn-htp",
+    description=(
+        "Qualcomm's Hexagon Tensor Processor through ONNX Runtime: fixed shapes (--shape), integers between Q and DQ "
+        "nodes (recipes w8a16, w8a8), compiled by Qualcomm's own compiler with no node left to the CPU. Without the "
+        "device it runs in the vendor's simulator."
+    ),
+    package=PACKAGE,
+    lowering=(
+        "raise_block_weights, fold_rotary_tables, lower_npu_ops, fold_constants{max_growth=67108864}, legalize_masks, "
+        "legalize_indices, cleanup, lower_portable, deduplicate_initializers"
+    ),
+    domains=("",),
+    min_opset=13,
+    max_opset=24,
+    qdq=HTP_RULES,
+    weight_bits=(4, 8),
+    fixed_shapes=True,
+    simulated=True,
+    extra=EXTRA,
+)
