@@ -154,7 +154,7 @@ def _matmul_nbits(algorithm: str, options: dict[str, Any], subject: Subject, fol
     from onnxruntime.quantization import matmul_nbits_quantizer as quantizer
 
     if algorithm == "GPTQ":
-        options = {**options, "calibration_data_reader": _Reader(subject)}
+        options = {**options, "calibration_data_reader": _reader(subject)}
     config = getattr(quantizer, f"{algorithm}WeightOnlyQuantConfig")(**options)
     blocks = {"block_size": options.get("block_size", 32)}
     given = {key: options[key] for key in ("bits", "is_symmetric") if key in options}
@@ -165,15 +165,19 @@ def _matmul_nbits(algorithm: str, options: dict[str, Any], subject: Subject, fol
     return out
 
 
-class _Reader:
+def _reader(subject: Subject) -> Any:
     """Calibration data as ONNX Runtime reads them."""
+    from onnxruntime.quantization import CalibrationDataReader
 
-    def __init__(self, subject: Subject) -> None:
-        self._samples = iter(subject.samples)
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._samples = iter(subject.samples)
 
-    def get_next(self) -> dict[str, Any] | None:
-        """The next sample; None after the last one."""
-        return next(self._samples, None)
+        def get_next(self) -> dict[str, Any] | None:
+            """The next sample; None after the last one."""
+            return next(self._samples, None)
+
+    return Reader()
 
 
 def _dynamic_int8(subject: Subject, folder: Path) -> Path:

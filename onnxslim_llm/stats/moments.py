@@ -62,12 +62,16 @@ class Moments:
             if largest.max() > _LARGEST:
                 raise FloatingPointError(f"values of {largest.max():.1e}, whose squares overflow,")
             self.count += len(piece)
-            self.total += piece.sum(axis=0, dtype=np.float64)
-            self.absolute += magnitude.sum(axis=0, dtype=np.float64)
-            self.square += np.einsum("tk,tk->k", piece, piece, dtype=np.float64)
+            ones = np.ones(len(piece), np.float32)
+            self.total += ones @ piece
+            self.absolute += ones @ magnitude
             np.maximum(self.largest, largest, out=self.largest)
-            if self.gram is not None:
-                self.gram += piece.T @ piece
+            if self.gram is None:
+                self.square += np.einsum("tk,tk->k", piece, piece)
+            else:
+                product = piece.T @ piece
+                self.gram += product
+                self.square += np.diagonal(product)
 
     @property
     def mean(self) -> Array:
