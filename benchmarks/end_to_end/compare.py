@@ -49,7 +49,7 @@ class Process:
         self._process.kill()
         self._process.communicate()
 
-    def ask(self, verb: str, **request: int) -> dict[str, Any]:
+    def ask(self, verb: str, **request: int | str) -> dict[str, Any]:
         """Send a request, wait for the answer."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
@@ -71,8 +71,9 @@ def measure(models: dict[str, Path], threads: int, arguments: argparse.Namespace
         loads = {name: process.ask("load") for name, process in processes.items()}
         for round_number in range(arguments.rounds + 1):
             for name, process in processes.items():
-                prefill = process.ask("prefill", tokens=arguments.prefill)["seconds"]
-                steps = process.ask("decode", prompt=arguments.prompt, tokens=arguments.tokens)["steps"]
+                prefill = process.ask("prefill", tokens=arguments.prefill, clock=arguments.clock)["seconds"]
+                request = {"prompt": arguments.prompt, "tokens": arguments.tokens, "clock": arguments.clock}
+                steps = process.ask("decode", **request)["steps"]
                 if round_number:  # the first one warms up
                     samples[name]["prefill"].append(prefill)
                     samples[name]["decode"] += steps
@@ -106,6 +107,12 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128, help="tokens before those that are decoded")
     parser.add_argument("--tokens", type=int, default=32, help="tokens that are decoded in a round")
     parser.add_argument("--rounds", type=int, default=7, help="behind one that warms up")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: processor time, which for one thread says more where others use the machine",
+    )
     parser.add_argument("--out", type=Path, help="file that lines of JSON are added to")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="print the table of an --out file, and end")
     arguments = parser.parse_args()
@@ -113,6 +120,8 @@ def main() -> None:
         lines = arguments.markdown.read_text(encoding="utf-8").splitlines()
         print(table([Result(**json.loads(line)) for line in lines]))
         return
+    if arguments.clock == "cpu" and arguments.threads != "1":
+        parser.error("processor time of several threads says nothing: --threads 1")
     names = arguments.contestants.split(",")
     if LLAMA in names:
         try:
