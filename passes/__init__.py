@@ -48,6 +48,7 @@ from onnxslim_llm.passes.qdq.quantize_activations import QuantizeActivations
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.passes.quantize.rotate_residual import RotateResidual
 from onnxslim_llm.passes.quantize.scale_channels import ScaleChannels
+from onnxslim_llm.passes.quantize.smooth_activations import SmoothActivations
 from onnxslim_llm.rewrite.passes import Pass
 
 __all__ = ["PASSES"]
@@ -77,6 +78,7 @@ PASSES: tuple[type[Pass], ...] = (
     KeepLastLogits,
     FoldEmbeddingScale,
     ScaleChannels,
+    SmoothActivations,
     RotateResidual,
     PruneWeights,
     StoreSparse,

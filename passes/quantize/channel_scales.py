@@ -34,10 +34,17 @@ class Columns:
     Attributes:
         rows: The columns as rows [n, K], float32.
         scheme: How.
+        total: N, of which these are some.
     """
 
     rows: Array
     scheme: WeightScheme
+    total: int
+
+    @property
+    def times(self) -> float:
+        """How many columns each of these stands for."""
+        return self.total / len(self.rows)
 
 
 @dataclass(frozen=True)
@@ -112,5 +119,5 @@ def _error(columns: Sequence[Columns], moments: Moments, gram: Array, factor: Ar
     up, down = factor.astype(np.float32), (1 / factor).astype(np.float32)
     total = 0.0
     for part in columns:
-        total += lost(part.rows - quickly_coded(part.rows * up, part.scheme, importance) * down, gram)
+        total += part.times * lost(part.rows - quickly_coded(part.rows * up, part.scheme, importance) * down, gram)
     return total

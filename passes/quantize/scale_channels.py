@@ -10,10 +10,11 @@ import numpy as np
 
 from onnxslim_llm.errors import UsageError
 from onnxslim_llm.passes.quantize.channel_scales import Columns, best_candidate, candidates
+from onnxslim_llm.passes.quantize.columns import columns_of
 from onnxslim_llm.passes.quantize.fold_scales import fold_scales, tied
 from onnxslim_llm.passes.quantize.fold_sites import FoldSite, find_fold_sites
 from onnxslim_llm.passes.quantize.following import following_quantizer
-from onnxslim_llm.passes.quantize.trial import columns_of, held_error
+from onnxslim_llm.passes.quantize.trial import held_error
 from onnxslim_llm.rewrite.passes import Change, Pass
 from onnxslim_llm.rewrite.stage import Stage
 from onnxslim_llm.stats.transforms import Scaled
@@ -119,8 +120,8 @@ class ScaleChannels(Pass):
         moments = context.statistics.of_weight(coded[0].name)
         if moments is None or moments.size != coded[0].rows:
             return "no calibration data reach it"
-        columns = [Columns(columns_of(p.weight, p.k_axis, _JUDGED), schemes[p.name]) for p in coded]
-        tried = [_some(part, product.columns) for part, product in zip(columns, coded, strict=True)]
+        columns = [Columns(columns_of(p.weight, p.k_axis, _JUDGED), schemes[p.name], p.columns) for p in coded]
+        tried = [_some(part) for part in columns]
         fit = moments.load().fit
         choices = candidates(fit.mean_absolute, [part.rows for part in tried], self.grid, partial(tied, site))
         best, _, _ = best_candidate(tried, fit, choices)
@@ -128,8 +129,8 @@ class ScaleChannels(Pass):
             return "no factors make the error smaller"
         scaled = moments.transformed(Scaled(1 / best.factor))
         factor = best.factor.astype(np.float32)
-        before = sum(held_error(part.rows, part.scheme, moments) for part in columns)
-        after = sum(held_error(part.rows * factor, part.scheme, scaled) for part in columns)
+        before = sum(part.times * held_error(part.rows, part.scheme, moments) for part in columns)
+        after = sum(part.times * held_error(part.rows * factor, part.scheme, scaled) for part in columns)
         if not after < before * (1 - self.min_gain):
             ratio = after / before if before else 1.0
             return f"on samples that were held out the error becomes {ratio:.3f} times what it is"
@@ -147,8 +148,8 @@ class ScaleChannels(Pass):
         return ""
 
 
-def _some(part: Columns, total: int) -> Columns:
+def _some(part: Columns) -> Columns:
     """Return the columns to try candidates on."""
     count, size = part.rows.shape
-    wanted = min(count, max(_TRIED_LEAST, _TRIED * total // size))
-    return Columns(part.rows[:: -(-count // wanted)], part.scheme)
+    wanted = min(count, max(_TRIED_LEAST, _TRIED * part.total // size))
+    return Columns(part.rows[:: -(-count // wanted)], part.scheme, part.total)

@@ -9,13 +9,12 @@ from numpy.typing import NDArray
 
 from onnxslim_llm.concepts.block_weights import WeightScheme
 from onnxslim_llm.custom_ops.packing import unpack_bits
-from onnxslim_llm.custom_ops.quantize import BlockSpec, Layout, quantize_tile
-from onnxslim_llm.ir.weights import ArrayWeight
-from onnxslim_llm.passes.quantize.calibrated_job import CalibratedJob
-from onnxslim_llm.passes.quantize.columns import columns_of
+from onnxslim_llm.custom_ops.quantize import Layout, quantize_tile
+from onnxslim_llm.passes.quantize.coding import best_codes, knowledge_of, nearest_codes, spec_of
+from onnxslim_llm.passes.quantize.planes import is_split
 from onnxslim_llm.stats.statistics import StoredMoments
 
-__all__ = ["columns_of", "held_error", "lost", "quickly_coded"]
+__all__ = ["coded", "held_error", "lost", "quickly_coded"]
 
 Array = NDArray[Any]
 
@@ -29,19 +28,35 @@ def quickly_coded(columns: Array, scheme: WeightScheme, importance: Array) -> Ar
         importance: [K], mean squares of the input.
     """
     count, rows = columns.shape
-    spec = BlockSpec(scheme.bits, scheme.block or -1, scheme.symmetric, scheme.scale_type)
-    method = "search" if scheme.method == "calibrated" else scheme.method
     weights = importance.astype(np.float32) if scheme.method == "calibrated" else None
+    if is_split(scheme):
+        block = scheme.block_rows(rows)
+        return np.ascontiguousarray(nearest_codes(columns.T, scheme, weights).dequantized(block).T)
+    method = "search" if scheme.method == "calibrated" else scheme.method
+    spec = spec_of(scheme)
     buffers = quantize_tile(columns.T, spec, method, weights, Layout.NBITS).buffers
-    block, blocks = spec.block_rows(rows), spec.block_count(rows)
-    values = unpack_bits(buffers.codes, scheme.bits, block).astype(np.float32)
+    values = unpack_bits(buffers.codes, scheme.bits, spec.block_rows(rows)).astype(np.float32)
     if buffers.zero_points is None:
         values -= 2 ** (scheme.bits - 1)
     else:
-        values -= unpack_bits(buffers.zero_points, scheme.bits, blocks)[..., None]
+        values -= unpack_bits(buffers.zero_points, scheme.bits, spec.block_count(rows))[..., None]
     values *= buffers.scales[..., None]
     result: Array = values.reshape(count, -1)[:, :rows]
     return result
+
+
+def coded(columns: Array, scheme: WeightScheme, moments: StoredMoments) -> Array:
+    """Return what columns [n, K] become when they are quantized by the very method that the scheme names, float32.
+
+    Args:
+        columns: float32.
+        scheme: How.
+        moments: Of the input.
+    """
+    if scheme.method != "calibrated":
+        return quickly_coded(columns, scheme, np.ones(columns.shape[1]))
+    found, _ = best_codes(np.ascontiguousarray(columns.T), scheme, knowledge_of(moments))
+    return np.ascontiguousarray(found.dequantized(scheme.block_rows(columns.shape[1])).T)
 
 
 def lost(change: Array, gram: Array) -> float:
@@ -62,12 +77,6 @@ def held_error(columns: Array, scheme: WeightScheme, moments: StoredMoments) -> 
         scheme: How, by the very method that it names.
         moments: Of x.
     """
-    if scheme.method == "calibrated":
-        job = CalibratedJob(ArrayWeight(columns), 1, scheme, "trial", moments)
-        job.compute()
-        assert job.figures is not None
-        return float(job.figures["output_error"])
     held = moments.load().held
     assert held.gram is not None, moments.file
-    change = columns - quickly_coded(columns, scheme, held.mean_square)
-    return lost(change, held.gram.astype(np.float32))
+    return lost(columns - coded(columns, scheme, moments), held.gram.astype(np.float32))

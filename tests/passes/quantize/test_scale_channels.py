@@ -15,11 +15,12 @@ from onnxslim_llm.custom_ops.reference import dequantize
 from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.passes.quantize.channel_scales import Columns, best_candidate, candidates
+from onnxslim_llm.passes.quantize.columns import columns_of
 from onnxslim_llm.passes.quantize.fold_scales import fold_scales, tied
 from onnxslim_llm.passes.quantize.fold_sites import FoldSite, find_fold_sites
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.passes.quantize.scale_channels import ScaleChannels
-from onnxslim_llm.passes.quantize.trial import columns_of, held_error, lost, quickly_coded
+from onnxslim_llm.passes.quantize.trial import held_error, lost, quickly_coded
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.passes import Change
 from onnxslim_llm.rewrite.pipeline import Pipeline
@@ -124,7 +125,7 @@ def test_the_search_finds_what_a_plain_one_finds() -> None:
     weights = [rng.standard_normal((20, 64)).astype(np.float32) for _ in range(2)]
     scheme = WeightScheme(3, 16, False, "rtn")
     choices = list(candidates(moments.mean_absolute, weights, 10, lambda factor: factor))
-    best, least, plain = best_candidate([Columns(w, scheme) for w in weights], moments, iter(choices))
+    best, least, plain = best_candidate([Columns(w, scheme, len(w)) for w in weights], moments, iter(choices))
 
     def error(factor: Array) -> float:
         total = 0.0
