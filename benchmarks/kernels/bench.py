@@ -37,7 +37,6 @@ READ_BYTES = 256 << 20
 """Of a reading between the products: as long as a few large ones."""
 WORK = 2e10
 """Multiplications of a pass, beyond which fewer copies are used."""
-LEAST_RUNS = 3
 
 
 class Candidate(Protocol):
@@ -53,8 +52,8 @@ def copies_for(weight_bytes: float, k: int, n: int, rows: int, rotate: float) ->
     return whole if rows <= 16 else max(1, min(whole, round(WORK / (rows * k * n))))
 
 
-def measure(candidates: dict[str, Candidate], budget: float) -> dict[str, list[float]]:
-    """What each candidate returns, run in turn after a warm-up; each until it has had its seconds and `LEAST_RUNS`."""
+def measure(candidates: dict[str, Candidate], budget: float, least: int) -> dict[str, list[float]]:
+    """What each candidate returns, run in turn after a warm-up; each until it has had its seconds and `least` runs."""
     found: dict[str, list[float]] = {name: [] for name in candidates}
     spent = dict.fromkeys(candidates, 0.0)
     for candidate in candidates.values():
@@ -65,7 +64,7 @@ def measure(candidates: dict[str, Candidate], budget: float) -> dict[str, list[f
             start = time.perf_counter()
             found[name].append(candidates[name].seconds())
             spent[name] += time.perf_counter() - start
-        waiting = [name for name in waiting if spent[name] < budget or len(found[name]) < LEAST_RUNS]
+        waiting = [name for name in waiting if spent[name] < budget or len(found[name]) < least]
     return found
 
 
@@ -153,7 +152,7 @@ class Bench:
         candidates = self.candidates(k, n, rows, threads)
         limits: dict[str, Candidate] = {"read": Reading(driver, self._buffer)}
         limits.update({name: Peak(driver, index) for name, index in driver.peaks.items()})
-        found = measure({**candidates, **limits}, self.arguments.budget)
+        found = measure({**candidates, **limits}, self.arguments.budget, self.arguments.runs)
         per_second = {name: 1 / statistics.median(found[name]) for name in limits}
         schemes = self.schemes(k, n)
         results = []
@@ -201,6 +200,7 @@ def main() -> None:
     parser.add_argument("--llama-cpp", type=Path, help="folder with libggml.so [default: the installed llama_cpp's]")
     parser.add_argument("--rotate", type=float, default=560, help="megabytes of weights for up to 16 rows")
     parser.add_argument("--budget", type=float, default=2, help="seconds for each candidate of a cell")
+    parser.add_argument("--runs", type=int, default=3, help="of each candidate, at least")
     parser.add_argument("--out", type=Path, help="file that lines of JSON are added to; cells that it has are skipped")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="print tables of an --out file, and end")
     arguments = parser.parse_args()
