@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -182,13 +183,25 @@ class Calibrator:
         if itself:
             large = _model_bytes(self.source) > _LARGE_BYTES
             window, total = (min(window, _LARGE_WINDOW), _LARGE_TOKENS) if large else (window, SELF_TOKENS)
-            self.progress.stage("calibrate: the model writes", None, "tokens")
-            progress = self.progress
-            told = written_by(runner, window, total, lambda done, of: progress.advance(done, f"{done} of {of}"))
+            told = self._written(runner, window, total)
             return TokenCalibration.checked(told, window, runner.vocab, runner.arrays)
         calibration = TokenCalibration.checked(self._read(files)[:TOKENS], window, runner.vocab, runner.arrays)
         self._look_at(calibration, runner)
         return calibration
+
+    def _written(self, runner: DecoderRunner, window: int, total: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Return what the model writes; an interrupted compile that goes on finds it in its folder."""
+        file = self.folder / "written.npy"
+        if file.is_file():
+            found: np.ndarray[tuple[int], np.dtype[np.int64]] = np.load(file)
+            return found
+        self.progress.stage("calibrate: the model writes", None, "tokens")
+        written = written_by(runner, window, total, lambda done, of: self.progress.advance(done, f"{done} of {of}"))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".part.npy")
+        np.save(temporary, written)
+        os.replace(temporary, file)
+        return written
 
     def _look_at(self, calibration: TokenCalibration, runner: DecoderRunner) -> None:
         """Note what is odd about a text."""

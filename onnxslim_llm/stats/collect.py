@@ -169,8 +169,12 @@ def _notes(tap: Tap, statistics: Statistics) -> list[str]:
     stored = statistics.of_tensor(tap.tensor)
     if stored is None:
         return []
-    weights = ", ".join(tap.weights[:3])
+    where = f"'{tap.tensor}' (before {', '.join(tap.weights[:3])})"
+    with np.load(stored.file) as arrays:  # reads this one member
+        silent = not arrays["fit_square"].any()
+    if silent:
+        return [f"{where}: zero on all calibration data, so the weights after it are chosen without them"]
     if stored.count < stored.size:
-        few = f"only {stored.count} calibration tokens for K = {tap.size}: its second moments are not of full rank"
-        return [f"'{tap.tensor}' (before {weights}): {few}"]
+        few = f"only {stored.count} calibration tokens for K = {stored.size}: its second moments are not of full rank"
+        return [f"{where}: {few}"]
     return []

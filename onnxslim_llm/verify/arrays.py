@@ -46,6 +46,7 @@ def _fit(arrays: Mapping[str, Array], inputs: Sequence[TensorInfo], file: Path) 
         raise UsageError(
             f"the file has {', '.join(sorted(arrays)) or 'nothing'}; the model takes {', '.join(sorted(names))}",
             where=str(file),
+            todo="write it with numpy.savez(FILE, NAME=ARRAY, ...), one array for every input of the model",
         )
     fitted = {}
     for info in inputs:
