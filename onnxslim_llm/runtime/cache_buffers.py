@@ -12,8 +12,8 @@ from onnxslim_llm.runtime.signature import CachePair
 
 __all__ = ["CacheBuffers"]
 
-#: Tokens that a new buffer holds at least; a full one grows to the double.
-_SMALLEST = 64
+#: Tokens that a new buffer has room for behind those that are written; a full one grows to the double.
+_HEADROOM = 64
 
 
 @dataclass
@@ -40,7 +40,8 @@ class CacheBuffers:
         """
         if self.capacity >= total and self.filled == past and self.values:
             return self
-        capacity = max(_SMALLEST, total, 2 * self.capacity if self.capacity < total else self.capacity)
+        # A prompt is rarely all: without room behind it the first token would copy the whole cache.
+        capacity = max(total + _HEADROOM, 2 * self.capacity) if self.capacity < total else self.capacity
         values = {}
         for pair in pairs:
             shape = [0 if size is None else size for size in pair.shape]
