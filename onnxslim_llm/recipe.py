@@ -57,7 +57,7 @@ class Recipe(BaseModel):
     name: str
     description: str = ""
     when: str = ""
-    gates: Literal["lossless", "int8", "int4"] = "lossless"
+    gates: Literal["lossless", "int8", "w8a8", "int4"] = "lossless"
     passes: tuple[Step, ...] = Field(default=())
 
     @classmethod

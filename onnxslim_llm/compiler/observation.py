@@ -97,13 +97,22 @@ def _token_feeds(session: Session, data: TokenCalibration) -> Iterator[Feeds]:
 
     signature = DecoderSignature.of(session)
     runner = DecoderRunner(session, signature)
-    if signature.length is None and signature.batch is None:
-        yield from TokenCalibration(data.tokens, data.window, runner.arrays).feeds()
-        return
-    rows, length = signature.batch or 1, signature.length or data.window
-    whole = _filled(data.tokens, rows * length)
-    for ids in whole.reshape(-1, rows, length):
+    rows, length = signature.batch or 1, signature.length or min(data.window, len(data.tokens) or 1)
+    whole = _filled(data.tokens, rows * length).reshape(-1, rows, length)
+    if signature.mask is not None and length > 1:
+        yield runner.arrays(whole[0], _padded(rows, length))
+    for ids in whole:
         yield runner.arrays(ids)
+    rest = data.tokens[whole.size :]
+    if rest.size and signature.length is None and rows == 1:
+        yield runner.arrays(rest[None])
+
+
+def _padded(rows: int, length: int) -> NDArray[np.int64]:
+    """Return a mask that leaves out the end: without padding a mask is all zeros, and its range nothing."""
+    mask = np.ones((rows, length), np.int64)
+    mask[:, -max(1, length // 4) :] = 0
+    return mask
 
 
 def _filled(tokens: NDArray[np.int64], size: int) -> NDArray[np.int64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from onnxslim_llm.targets.base import Target
-from onnxslim_llm.targets.qdq_tables import PRODUCT_RULES
+from onnxslim_llm.targets.qdq_tables import PORTABLE_RULES
 
 __all__ = ["PORTABLE"]
 
@@ -22,5 +22,5 @@ PORTABLE = Target(
     # products are rounded to int8 per block. "1" would compute in float32: exact, but half as fast with 4 bits and far
     # slower with 8, for which there is no float kernel.
     session_config={"session.qdq_matmulnbits_accuracy_level": "4"},
-    qdq=PRODUCT_RULES,
+    qdq=PORTABLE_RULES,
 )

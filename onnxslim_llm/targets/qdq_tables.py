@@ -6,7 +6,16 @@ from collections.abc import Mapping
 
 from onnxslim_llm.targets.qdq_rules import QdqRules, QuantizedOp
 
-__all__ = ["ELEMENTWISE", "FLOAT_RESULT_PRODUCTS", "MOVEMENTS", "NORMS", "PRODUCTS", "PRODUCT_RULES", "WHOLE_GRAPH"]
+__all__ = [
+    "ELEMENTWISE",
+    "FLOAT_RESULT_PRODUCTS",
+    "MOVEMENTS",
+    "NORMS",
+    "PORTABLE_RULES",
+    "PRODUCTS",
+    "PRODUCT_RULES",
+    "WHOLE_GRAPH",
+]
 
 
 def _rules(names: str, rule: QuantizedOp) -> dict[str, QuantizedOp]:
@@ -57,6 +66,9 @@ NORMS: Mapping[str, QuantizedOp] = {
 
 #: For runtimes on CPUs: products with weights on integers, all else in float.
 PRODUCT_RULES = QdqRules(FLOAT_RESULT_PRODUCTS, ("uint8", "int8"), ("int8",))
+
+#: For whatever reads standard ONNX: the same operators, in all types that the standard has.
+PORTABLE_RULES = QdqRules(FLOAT_RESULT_PRODUCTS, ("uint8", "int8", "uint16", "int16"), ("int8", "int4"))
 
 #: For processors that compute on nothing but integers; targets restrict it to what theirs has.
 WHOLE_GRAPH = QdqRules(

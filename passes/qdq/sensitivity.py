@@ -22,6 +22,8 @@ __all__ = ["Power", "Together", "powers_of_results", "result_quality", "with_mak
 _CHUNK = 16 << 20
 #: Decibels of a result that is not disturbed at all.
 _EXACT = 200.0
+#: Their results move as much as their inputs do, relative to 1.
+_OF_ANGLES = ("Sin", "Cos")
 
 
 @dataclass
@@ -64,14 +66,17 @@ def result_quality(item: QdqNode, groups: Groups, width: Width, powers: Mapping[
     """Return the signal-to-noise ratio in dB of a node's result when its inputs are rounded to codes of a width.
 
     Rounding errors are taken as independent. Those e of the input of Y = X W with W[K, N] have in Y the power
-    e² |W|² / N, which is set against the power of Y: an input may have large channels that reach nothing. For other
-    nodes it is the sum of the errors relative to their inputs.
+    e² |W|² / N, which is set against the power of Y: an input may have large channels that reach nothing. Those of an
+    angle count as they are, however large the angle. For other nodes it is the sum of the errors relative to their
+    inputs.
     """
     power = powers.get(item.node.outputs[0].name)
     if item.weight is not None and power is not None and item.inputs:
         gain = _square_sum(item.weight) / max(_channels(item), 1)
         noise = _error(item.node.inputs[item.inputs[0]], groups, width)[0] * gain
         return _decibels(power.mean, noise)
+    if item.node.op in _OF_ANGLES and item.inputs:
+        return _decibels(1.0, _error(item.node.inputs[item.inputs[0]], groups, width)[0])
     ratio = 0.0
     for i in item.inputs:
         error, square = _error(item.node.inputs[i], groups, width)
