@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf_decoder import random_q4_0, tensors, write_gguf
+from operators import by_operator
 from reference_decoder import DecoderSpec, parameters
 from summary import Result, table
 
@@ -55,3 +56,19 @@ def test_table_says_how_many_times_as_fast_ours_is() -> None:
     lines = table([RESULT, other]).splitlines()
     assert lines[2] == "| tiny | 1 | ort-cpu-ops | 20.0 | 512 | 0.01 | 2 | 40 |"
     assert lines[3] == "| tiny | 1 | llama.cpp | 16.7 (x1.20) | 128 (x4.00) | 0.01 | 2 | 40 |"
+
+
+def test_operators_are_those_of_the_fastest_run() -> None:
+    def run(start: int, taken: int) -> dict[str, object]:
+        return {"cat": "Session", "name": "model_run", "ts": start, "dur": taken}
+
+    def node(name: str, kind: str, start: int, taken: int) -> dict[str, object]:
+        event = {"cat": "Node", "name": f"{name}_kernel_time", "ts": start, "dur": taken}
+        return {**event, "args": {"op_name": kind}}
+
+    events = [
+        *(run(0, 90), node("a", "MatMul", 1, 60), node("logits", "MatMul", 70, 10)),
+        *(run(100, 50), node("a", "MatMul", 101, 20), node("n", "Add", 122, 5), node("logits", "MatMul", 130, 10)),
+    ]
+    found = by_operator(events, 0, 2)
+    assert found == {"all": 0.05, "MatMul": 0.02, "MatMul (logits)": 0.01, "Add": 0.005}
