@@ -30,6 +30,7 @@ from onnxslim_llm.passes.fuse.keep_last_logits import KeepLastLogits
 from onnxslim_llm.passes.fuse.pack_projections import PackProjections
 from onnxslim_llm.passes.fuse.simplify_masks import SimplifyMasks
 from onnxslim_llm.passes.lower.convert_opset import ConvertOpset
+from onnxslim_llm.passes.lower.fix_inputs import FixInputs
 from onnxslim_llm.passes.lower.fix_shapes import FixShapes
 from onnxslim_llm.passes.lower.legalize_indices import LegalizeIndices
 from onnxslim_llm.passes.lower.legalize_masks import LegalizeMasks
@@ -45,6 +46,7 @@ from onnxslim_llm.passes.lower.raise_block_weights import RaiseBlockWeights
 from onnxslim_llm.passes.prune.prune_weights import PruneWeights
 from onnxslim_llm.passes.prune.store_sparse import StoreSparse
 from onnxslim_llm.passes.qdq.quantize_activations import QuantizeActivations
+from onnxslim_llm.passes.quantize.correct_biases import CorrectBiases
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.passes.quantize.rotate_residual import RotateResidual
 from onnxslim_llm.passes.quantize.scale_channels import ScaleChannels
@@ -83,9 +85,11 @@ PASSES: tuple[type[Pass], ...] = (
     PruneWeights,
     StoreSparse,
     QuantizeWeights,
+    CorrectBiases,
     PackProjections,
     RaiseBlockWeights,
     FixShapes,
+    FixInputs,
     ConvertOpset,
     LowerKvCache,
     LowerAttention,

@@ -37,6 +37,9 @@ class RotationFold:
         rotation: Of its size.
         tied: What becomes of a classifier that shares its weight with the embedding: "" (there is none), "rotate"
             (both), "multiply" (by the rotation behind the look-up, and back before the classifier) or "untie".
+
+    Attributes:
+        added: The matrices that "multiply" adds.
     """
 
     def __init__(self, model: Model, context: Context, stream: ResidualStream, rotation: Rotation, tied: str) -> None:
@@ -45,6 +48,7 @@ class RotationFold:
         self.replaced: dict[int, list[gs.Node]] = {}
         self.removed: list[gs.Node] = []  # keeps them alive, so that their ids stay theirs
         self.ones: dict[str, gs.Constant] = {}
+        self.added: list[gs.Constant] = []
 
     def fold(self) -> None:
         """Do it."""
@@ -144,6 +148,7 @@ class RotationFold:
         tensor = norm.outputs[0]
         op = Builder(self.model, f"{product.node.name or tensor.name}/unrotated")
         matrix = op.constant((self.rotation.matrix.T * weight).astype(dtype), f"{product.name}_unrotation")
+        self.added.append(matrix)
         product.node.inputs[0] = op.MatMul(tensor, matrix)
         product.node.inputs[0].dtype = tensor.dtype
         if self.context.statistics is not None:
@@ -159,7 +164,8 @@ class RotationFold:
         matrix = self.rotation.apply(centred).astype(weight_of(node.inputs[0]).dtype)
         plain = gs.Variable(self.model.fresh_name(f"{looked_up.name}_plain"), looked_up.dtype, looked_up.shape)
         node.outputs[0] = plain
-        op.MatMul(plain, op.constant(matrix, f"{node.inputs[0].name}_rotation"))
+        self.added.append(op.constant(matrix, f"{node.inputs[0].name}_rotation"))
+        op.MatMul(plain, self.added[-1])
         op.nodes[-1].outputs[0] = looked_up
         graph = self.model.graph
         at = next(i for i, other in enumerate(graph.nodes) if other is node)

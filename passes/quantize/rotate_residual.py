@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 from numpy.typing import NDArray
 
 from onnxslim_llm.concepts.opset import CONCEPT_OPSET
 from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.weights import weight_of
+from onnxslim_llm.passes.quantize.columns import columns_of
 from onnxslim_llm.passes.quantize.fold_rotation import RotationFold
 from onnxslim_llm.passes.quantize.fold_sites import Constants, find_fold_sites
 from onnxslim_llm.passes.quantize.following import following_quantizer
@@ -23,10 +25,13 @@ from onnxslim_llm.passes.quantize.residual_stream import (
 from onnxslim_llm.passes.quantize.rotation import Rotated, Rotation
 from onnxslim_llm.passes.quantize.rotation_gain import head_errors, relative_errors
 from onnxslim_llm.passes.quantize.transform_job import Rotate
+from onnxslim_llm.passes.quantize.trial import quickly_coded
 from onnxslim_llm.rewrite.passes import Change, Pass
 from onnxslim_llm.rewrite.stage import Stage
 
 if TYPE_CHECKING:
+    import onnx_graphsurgeon as gs
+
     from onnxslim_llm.concepts.block_weights import WeightScheme
     from onnxslim_llm.ir.model import Model
     from onnxslim_llm.rewrite.context import Context
@@ -36,6 +41,8 @@ __all__ = ["RotateResidual"]
 Array = NDArray[Any]
 #: Share by which the errors must fall: less says nothing about the whole model.
 _LEAST_GAIN = 0.02
+#: Columns of a rotation that are looked at, and what rounding scales to float16 changes: 2^-11 of a weight at most.
+_TRIED, _EXACT = 64, 1e-3
 Tied = Literal["multiply", "untie", "leave"]
 
 
@@ -70,6 +77,8 @@ class RotateResidual(Pass):
         - a norm's weight is no constant vector, or has zeros, or norms of both kinds read the stream;
         - the classifier shares its weight with the embedding, the weight of the norm before it is not the same for all
           channels, and `tied` is "leave";
+        - the classifier is tied, `tied` is "multiply", and quantize_weights would round the rotation itself: methods
+          that take a block's range do, and 2 bits without zero points;
         - a layer norm is in a model older than opset 18;
         - `only_if_better` is on, and the error does not become smaller;
         - heads: the attention is not fused, what makes its values is no product, or its cache is to be int8.
@@ -130,11 +139,15 @@ class RotateResidual(Pass):
             change.skip(stuck.where, stuck.reason)
         else:
             rotation = Rotation(stream.size, context.seed)
-            RotationFold(twin, after, stream, rotation, tied).fold()
+            fold = RotationFold(twin, after, stream, rotation, tied)
+            fold.fold()
+            inexact = quantizer is not None and _are_rounded(fold.added, quantizer.plan(twin, after))
             errors = None
             if schemes is not None:
                 errors = (relative_errors(model, context, schemes), relative_errors(twin, after, schemes))
-            if errors is None or _gains(errors):
+            if inexact:
+                change.skip("residual stream", "quantize_weights would round the added products by the rotation itself")
+            elif errors is None or _gains(errors):
                 model.graph, context.statistics = twin.graph, after.statistics
                 model.refresh_names()
                 change.sites.append("residual stream")
@@ -167,6 +180,17 @@ class RotateResidual(Pass):
             reason = "the classifier shares its weight with the embedding, and the norm before it has a weight"
             raise Stuck(stream.tables[0].name, reason)
         return self.tied
+
+
+def _are_rounded(matrices: Sequence[gs.Constant], schemes: Mapping[str, WeightScheme]) -> bool:
+    """Return whether few bits do not hold some of the matrices exactly: a search finds their two values."""
+    for tensor in matrices:
+        if tensor.name in schemes:
+            columns = columns_of(weight_of(tensor), 0, _TRIED)
+            change = columns - quickly_coded(columns, schemes[tensor.name], np.ones(columns.shape[1]))
+            if np.linalg.norm(change) > _EXACT * np.linalg.norm(columns):
+                return True
+    return False
 
 
 def _gains(errors: tuple[float, float]) -> bool:

@@ -362,3 +362,16 @@ def test_it_needs_data_and_a_quantizer_to_judge(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no quantize_weights follows"):
         Pipeline([RotateResidual()]).run(transformer(), Context(statistics=statistics))
     assert Pipeline([RotateResidual(only_if_better=False)]).run(transformer(), Context())[0].changed == 3
+
+
+@pytest.mark.parametrize(("method", "done"), [("rtn", False), ("hqq", False), ("search", True), ("calibrated", True)])
+def test_few_bits_have_to_hold_the_added_products(method: Any, done: bool, tmp_path: Path) -> None:
+    habits = Habits(tied=True)
+    model = transformer(habits)
+    quantizer = QuantizeWeights(bits=4, block=16, min_elements=0, sensitive=(), method=method)
+    context = Context(statistics=statistics_of(model, habits, tmp_path), following=(quantizer,))
+    change = RotateResidual(only_if_better=False, heads=False).apply(model, context)
+    assert bool(change) == done
+    assert [skip.reason for skip in change.skipped] == (
+        [] if done else ["quantize_weights would round the added products by the rotation itself"]
+    )
