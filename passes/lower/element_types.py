@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import onnx_graphsurgeon as gs
+from onnx import defs
 
 from onnxslim_llm.ir.weights import dtypes
 from onnxslim_llm.rewrite.schema import normal_domain, schema_of
@@ -23,7 +24,7 @@ _TYPE_OF_INPUT = {
         0,
     ),
 }
-_OPSET = 21  # of the schemas that are asked whether a type is passed through; they agree in this
+_OPSET = defs.onnx_opset_version()  # of the schemas that are asked whether a type is passed through; they agree in this
 
 
 def element_type(tensor: gs.Tensor) -> int | None:

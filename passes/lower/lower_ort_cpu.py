@@ -14,6 +14,7 @@ from onnxslim_llm.passes.lower.accuracy_choice import LevelChoice, check_largest
 from onnxslim_llm.passes.lower.activation_rounding import LARGEST_ERROR
 from onnxslim_llm.passes.lower.codes import BlockCall, Constants, take_calls
 from onnxslim_llm.passes.lower.nbits_gather import gather_nbits
+from onnxslim_llm.passes.lower.stored_nodes import check_own_operators
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.edit import Builder
 from onnxslim_llm.rewrite.passes import Change, Pass
@@ -61,6 +62,14 @@ class LowerOrtCpu(Pass):
 
     def __post_init__(self) -> None:
         check_largest_error(self.largest_error, self.name)
+
+    def requires(self, model: Model, context: Context) -> None:
+        """Check that none of our own operators is left.
+
+        Raises:
+            ModelError: One could not be taken apart, and the target has no other form of it.
+        """
+        check_own_operators(model, context)
 
     def apply(self, model: Model, context: Context) -> Change:
         """Replace all calls.

@@ -13,6 +13,7 @@ from onnxslim_llm.errors import CompilerBug, UsageError
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.weights import ViewWeight, dtypes
 from onnxslim_llm.passes.lower.codes import BlockCall, Constants, take_calls
+from onnxslim_llm.passes.lower.stored_nodes import check_own_operators
 from onnxslim_llm.passes.lower.tables import gather_columns, gather_rows
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.edit import Builder
@@ -45,6 +46,14 @@ class LowerPortable(Pass):
     name: ClassVar[str] = "lower_portable"
     group: ClassVar[str] = "lower"
     lossless: ClassVar[bool] = False  # int8 activations; and without lowering there is no artifact to fall back to
+
+    def requires(self, model: Model, context: Context) -> None:
+        """Check that none of our own operators is left.
+
+        Raises:
+            ModelError: One could not be taken apart, and the target has no other form of it.
+        """
+        check_own_operators(model, context)
 
     def apply(self, model: Model, context: Context) -> Change:
         """Replace all calls.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from onnxslim_llm.concepts.block_weights import Accuracy
 from onnxslim_llm.custom_ops import ops
+from onnxslim_llm.errors import ModelError
 from onnxslim_llm.ir.ownership import is_overridable
 from onnxslim_llm.ir.weights import SparseWeight, Weight, weight_of
 from onnxslim_llm.passes.lower.element_types import element_type
@@ -19,7 +20,11 @@ from onnxslim_llm.passes.lower.stored_sources import NBitsSource, PackedSource, 
 from onnxslim_llm.rewrite.constants import constant_value
 from onnxslim_llm.rewrite.schema import normal_domain
 
-__all__ = ["ORT_DOMAIN", "StoredNode", "read_stored"]
+if TYPE_CHECKING:
+    from onnxslim_llm.ir.model import Model
+    from onnxslim_llm.rewrite.context import Context
+
+__all__ = ["ORT_DOMAIN", "StoredNode", "check_own_operators", "read_stored"]
 
 ORT_DOMAIN = "com.microsoft"
 
@@ -94,6 +99,20 @@ def read_stored(node: gs.Node) -> tuple[StoredNode | None, str]:
         return reader(node), ""
     except (_CannotError, ValueError) as error:
         return None, str(error)
+
+
+def check_own_operators(model: Model, context: Context) -> None:
+    """Check that no operator of ours is left where the target has none.
+
+    Raises:
+        ModelError: One could not be taken apart; it says why.
+    """
+    if context.target is None or ops.DOMAIN in context.target.domains:
+        return
+    for node in (node for graph in model.all_graphs() for node in graph.nodes if node.domain == ops.DOMAIN):
+        reason = read_stored(node)[1] or "it has no other form"
+        what = f"{node.op} cannot be converted for target '{context.target.name}': {reason}"
+        raise ModelError(what, where=f"node '{node.name}'", todo="compile for the target ort-cpu-ops")
 
 
 def _matmul_nbits(node: gs.Node) -> StoredNode:

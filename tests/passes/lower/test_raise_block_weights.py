@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxslim_llm.custom_ops import ops, packed
 from onnxslim_llm.custom_ops.packed import PackedScheme
 from onnxslim_llm.custom_ops.quantize import BlockSpec, quantize_tile
+from onnxslim_llm.errors import ModelError
 from onnxslim_llm.ir.model import Model, from_proto, open_model
 from onnxslim_llm.ir.save import SaveOptions, save_model
 from onnxslim_llm.ir.shapes import SymbolicValues
@@ -209,3 +210,30 @@ def test_shapes_are_known_through_products_that_came_in() -> None:
     shape = SymbolicValues(model).shape_of(model.graph.outputs[0])
     assert shape is not None
     assert [str(dim) for dim in shape] == ["batch", "tokens", "32"]
+
+
+def test_types_are_known_behind_operators_that_onnx_does_not_know(tmp_path: Path) -> None:
+    """As behind ONNX Runtime's residual norm: Attention and RMSNormalization pass its type on."""
+    nodes = [
+        helper.make_node("SimplifiedLayerNormalization", ["x", "w"], ["n"], domain="com.microsoft"),
+        helper.make_node("Attention", ["n", "n", "n"], ["h"], q_num_heads=2, kv_num_heads=2),
+        helper.make_node("RMSNormalization", ["h", "w"], ["m"]),
+        helper.make_node(
+            "MatMulPacked", ["m", "B"], ["y"], domain=ops.DOMAIN, K=70, N=32, bits=4, block_size=32, name="fc"
+        ),
+    ]
+    weight = packed.pack(PackedScheme(70, 32, 4, 32, scale_dtype="float32"), *stored().values(), None)
+    model = graph(nodes, {"w": np.ones(70, np.float32), "B": weight}, 24, ("b", "s", 70))
+    change = RaiseBlockWeights().apply(model, Context())
+    assert (change.sites, change.skipped) == (["fc"], [])
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "portable"])
+def test_an_operator_of_ours_that_cannot_be_converted_is_an_error(target: str) -> None:
+    node = helper.make_node(
+        "MatMulPacked", ["x", "B"], ["y"], domain=ops.DOMAIN, K=70, N=31, bits=4, block_size=32, name="fc"
+    )
+    weight = packed.pack(PackedScheme(70, 32, 4, 32, scale_dtype="float32"), *stored().values(), None)
+    goal = get_target(target)
+    with pytest.raises(ModelError, match=f"cannot be converted for target '{target}': N = 31, but its weight says 32"):
+        Pipeline(goal.lowering).run(graph([node], {"B": weight}), Context(target=goal))
