@@ -47,6 +47,7 @@ from onnxslim_llm.passes.prune.prune_weights import PruneWeights
 from onnxslim_llm.passes.prune.store_sparse import StoreSparse
 from onnxslim_llm.passes.qdq.quantize_activations import QuantizeActivations
 from onnxslim_llm.passes.quantize.correct_biases import CorrectBiases
+from onnxslim_llm.passes.qdq.quantize_dynamically import QuantizeDynamically
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.passes.quantize.rotate_residual import RotateResidual
 from onnxslim_llm.passes.quantize.scale_channels import ScaleChannels
@@ -102,4 +103,5 @@ PASSES: tuple[type[Pass], ...] = (
     LowerOrtCpu,
     LowerOrtCpuOps,
     QuantizeActivations,
+    QuantizeDynamically,
 )
