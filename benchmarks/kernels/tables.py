@@ -17,7 +17,13 @@ COLUMNS = (
 """Beside our block 32."""
 COLUMNS_128 = (("ort_nbits4_b128", "ORT level 4"), ("ort_nbits0_b128", "ORT level 0"))
 """Beside our block 128."""
-LIMIT_NAMES = {"read": "read", "amx_bf16": "AMX bf16", "avx512vnni_int8": "VNNI", "avx2_int8": "AVX2"}
+LIMIT_NAMES = {
+    "read": "read",
+    "amx_bf16": "AMX bf16",
+    "avx512vnni_int8": "VNNI",
+    "avxvnni_int8": "AVX-VNNI",
+    "avx2_int8": "AVX2",
+}
 
 
 def text(results: Sequence[Measurement]) -> str:
@@ -58,14 +64,13 @@ def _table(measurements: Sequence[Measurement], block: str, columns: Sequence[tu
     shown = [(name, title) for name, title in columns if any(name in cell for cell in by_cell.values())]
     # Several of ours (accuracies, instruction sets) stand beside each other; peers are held against the first.
     ours.sort(key=lambda name: ("int8" not in name, "auto" not in name, name))
-    heads = ["K x N", "M", *(_title(name, len(ours)) for name in ours), "of limit", *(title for _, title in shown)]
+    heads = ["K x N", "M", *(_title(name, len(ours)) for name in ours), *(title for _, title in shown)]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
     for (_, k, n, rows), cell in by_cell.items():
         base = cell.get(ours[0])
         if base is None:
             continue
-        share = "" if base.of_limit is None else f"{base.of_limit:.0%} {LIMIT_NAMES.get(base.limit or '', base.limit)}"
-        row = [f"{k} x {n}", str(rows), *(_microseconds(cell.get(name)) for name in ours), share]
+        row = [f"{k} x {n}", str(rows), *(_microseconds(cell.get(name)) for name in ours)]
         row += [_ratio(cell.get(name), base) for name, _ in shown]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
@@ -79,7 +84,12 @@ def _title(name: str, count: int) -> str:
 
 
 def _microseconds(measurement: Measurement | None) -> str:
-    return "" if measurement is None else f"{measurement.us:,.0f}"
+    if measurement is None:
+        return ""
+    limit, share = measurement.limit, measurement.of_limit
+    return f"{measurement.us:,.0f}" + (
+        "" if share is None else f" ({share:.0%} of {LIMIT_NAMES.get(limit or '', limit)})"
+    )
 
 
 def _ratio(peer: Measurement | None, base: Measurement) -> str:

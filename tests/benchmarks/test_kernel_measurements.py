@@ -64,17 +64,17 @@ def test_which_limit_binds(rows: int, isa: str, accuracy: str, peaks: list[str],
 
 def test_markdown_has_a_column_for_each_peer_that_was_measured() -> None:
     lines = markdown([OURS, ORT]).splitlines()
-    assert lines[2] == "| K x N | M | ours, µs | of limit | ORT level 4 |"
-    assert lines[4] == "| 2048 x 4096 | 1 | 200 | 93% read | 1.75x |"
+    assert lines[2] == "| K x N | M | ours, µs | ORT level 4 |"
+    assert lines[4] == "| 2048 x 4096 | 1 | 200 (93% of read) | 1.75x |"
     assert "llama" not in lines[2]
     assert "read 15 to 15" in lines[-1]
 
 
 def test_markdown_of_several_of_ours_holds_peers_against_the_default() -> None:
-    slower = replace(OURS, name="ours_exact_b32_auto", us=700.0)
+    slower = replace(OURS, name="ours_exact_b32_auto", us=700.0, limit="avx2_int8", of_limit=0.5)
     lines = markdown([slower, OURS, ORT]).splitlines()
-    assert lines[2] == "| K x N | M | ours, int8, auto, µs | ours, exact, auto, µs | of limit | ORT level 4 |"
-    assert lines[4] == "| 2048 x 4096 | 1 | 200 | 700 | 93% read | 1.75x |"
+    assert lines[2] == "| K x N | M | ours, int8, auto, µs | ours, exact, auto, µs | ORT level 4 |"
+    assert lines[4] == "| 2048 x 4096 | 1 | 200 (93% of read) | 700 (50% of AVX2) | 1.75x |"
 
 
 def test_text_gives_ratios_to_the_first() -> None:
