@@ -90,6 +90,11 @@ class Pass(ABC):
         return False
 
     @property
+    def takes_random_tokens(self) -> bool:
+        """Whether, without data, statistics of random tokens will do, and none where the model does not run."""
+        return False
+
+    @property
     def wants_gains(self) -> bool:
         """Whether `Context.statistics` must say, with these options, what errors do to the model's answer."""
         return False

@@ -57,8 +57,9 @@ FORMS = (
 _COLUMNS = 256
 #: KL divergence in nats that a relative error of `_PRIOR_ERROR` in the weights of one role makes: medians over a Llama
 #: of 4.5 M, one of 1 M and one of 0.26 M parameters (docs/weight-only.md).
-_PRIORS = {"lm_head": 6e-3, "embedding": 1e-3, "value": 7e-4, "output": 6e-4, "first_block": 1e-3, "linear": 5e-4}
+_PRIORS = {"lm_head": 3e-2, "embedding": 1e-3, "value": 7e-4, "output": 6e-4, "first_block": 1e-3, "linear": 5e-4}
 _PRIOR_ERROR = 0.0025
+_TINY = 1e-30
 _SCALE_BYTES = {"float32": 4, "float16": 2}
 
 
@@ -160,35 +161,43 @@ def _costs(demand: Demand, statistics: Statistics | None) -> list[float]:
     group = demand.group
     columns = columns_of(group.source, group.k_axis, _COLUMNS)
     columns[~np.isfinite(columns)] = 0  # told at save, with its place
-    importance, gain = _weights(group, statistics)
-    if gain is None:
-        gain = _prior(group) / (_PRIOR_ERROR * max(float(np.square(columns, dtype=np.float64).sum()), 1e-30))
-        return [gain * float(_row_errors(columns, s, None).sum()) for s in demand.schemes]
-    scale = gain * group.columns / len(columns)
-    return [scale * float(_row_errors(columns, s, importance) @ importance) for s in demand.schemes]
+    counts, gain, gram = _weights(group, statistics)
+    if gain is not None:
+        scale = gain * group.columns / len(columns)
+    else:
+        whole = np.square(columns, dtype=np.float64).sum() if gram is None else ((columns @ gram) * columns).sum()
+        scale = _prior(group) / (_PRIOR_ERROR * max(float(whole), _TINY))
+    return [scale * float(_row_errors(columns, s, counts) @ counts) for s in demand.schemes]
 
 
-def _row_errors(columns: Array, scheme: WeightScheme, importance: Array | None) -> Array:
+def _row_errors(columns: Array, scheme: WeightScheme, counts: Array) -> Array:
     """Return the squared error of each row of W[K, n] when its columns [n, K] are rounded."""
     piece = np.ascontiguousarray(columns.T)
-    weights = None if importance is None else importance.astype(np.float32)
+    weights = counts.astype(np.float32) if counts.any() and scheme.method == "calibrated" else None
     coded = nearest_codes(piece, scheme, weights).dequantized(scheme.block_rows(len(piece)))
     result: Array = np.square(piece - coded, dtype=np.float64).sum(axis=1)
     return result
 
 
-def _weights(group: WeightGroup, statistics: Statistics | None) -> tuple[Array, float | None]:
-    """Return what the squared error of each row counts [K], and the gain; None if no data say it."""
+def _weights(group: WeightGroup, statistics: Statistics | None) -> tuple[Array, float | None, Array | None]:
+    """Return what the squared error of each row counts [K], the gain, and H [K, K]; None for what is not known."""
     ones = np.ones(group.rows)
     product, table = _gains(group, statistics)
     moments = statistics.of_weight(group.name) if statistics is not None else None
-    if product > 0 and moments is not None and moments.size == group.rows:
-        fit = moments.load().fit
-        assert fit.gram is not None
-        gram = fit.gram / max(fit.count, 1) + (table / product) * np.eye(group.rows)
-        factor = inverse_factor(gram)
-        return (np.diagonal(gram) if factor is None else 1 / np.square(np.diagonal(factor), dtype=np.float64)), product
-    return (ones, table) if table > 0 else (ones, None)
+    if (
+        moments is None
+        or moments.size != group.rows
+        or (table and not product)
+        or (not product and len(group.roles) > 1)
+    ):
+        return ones, (table or None), None
+    fit = moments.load().fit
+    assert fit.gram is not None
+    ridge = table / product if product else 0.0
+    gram = fit.gram / max(fit.count, 1) + ridge * np.eye(group.rows)
+    factor = inverse_factor(gram)
+    counts = np.diagonal(gram) if factor is None else 1 / np.square(np.diagonal(factor), dtype=np.float64)
+    return counts, (product or None), gram
 
 
 def _prior(group: WeightGroup) -> float:

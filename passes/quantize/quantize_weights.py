@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from onnxslim_llm.concepts.block_weights import Method, WeightScheme
+from onnxslim_llm.concepts.block_weights import WeightScheme
 from onnxslim_llm.concepts.concept import follow_opset
 from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.model import Model
@@ -17,6 +17,7 @@ from onnxslim_llm.passes.quantize.planes import PLANES
 from onnxslim_llm.passes.quantize.replacement import Chosen, Replacement
 from onnxslim_llm.passes.quantize.settings import (
     BITS,
+    MethodOption,
     ScaleType,
     Settings,
     check_scheme,
@@ -75,7 +76,9 @@ class QuantizeWeights(Pass):
         symmetric: No zero points.
         method: "rtn" takes each block's range; "search" looks for the scale with the least squared error; "hqq" for
             that with the least sum of |error|^(1/2), by half-quadratic splitting: it gives up large weights for the
-            others.
+            others; "calibrated" takes the coding of each column that is best on samples of the calibration data that
+            were held out; "probed" is "calibrated" with the data that are given, with random tokens if none are, and
+            "search" where the model cannot be run on them.
         embedding_bits: Bits of embedding tables; 0 leaves them alone. A table that is also the classifier's weight gets
             the larger of `embedding_bits` and `lm_head_bits`, or is left alone if either is 0.
         lm_head_bits: Bits of the product that makes the logits; 0 leaves it alone.
@@ -103,7 +106,7 @@ class QuantizeWeights(Pass):
     bits: int = 4
     block: int = 32
     symmetric: bool = False
-    method: Method = "search"
+    method: MethodOption = "search"
     embedding_bits: int = 8
     lm_head_bits: int = 8
     sensitive_bits: int = 8
@@ -134,7 +137,7 @@ class QuantizeWeights(Pass):
         Raises:
             UsageError: It cannot.
         """
-        if self.wants_statistics and context.statistics is None:
+        if "calibrated" in self._methods and context.statistics is None:
             todo = "give --calib FILE, --calib self (text sampled from the model), or another method"
             raise UsageError("method 'calibrated' needs calibration data", where=self.name, todo=todo)
         if context.target is None:
@@ -149,9 +152,18 @@ class QuantizeWeights(Pass):
             raise UsageError(what, where=self.name, todo=f"choose one of {can}, or another target")
 
     @property
+    def _methods(self) -> set[str]:
+        return {self.method, *(scope["method"] for scope in self.scopes if "method" in scope)}
+
+    @property
     def wants_statistics(self) -> bool:
         """Whether any weight may be quantized by calibration data."""
-        return "calibrated" in (self.method, *(scope.get("method") for scope in self.scopes))
+        return bool({"calibrated", "probed"} & self._methods)
+
+    @property
+    def takes_random_tokens(self) -> bool:
+        """Whether no method insists on calibration data."""
+        return self.wants_statistics and "calibrated" not in self._methods
 
     @property
     def wants_gains(self) -> bool:
@@ -203,7 +215,8 @@ class QuantizeWeights(Pass):
                 demands.append(Demand(group, self._schemes(group, scoped, context, free=free)))
         if not self.target_bits:
             return [(demand.group, demand.schemes[0], {}) for demand in demands]
-        schemes, accounts = share_out(demands, self.target_bits, context.statistics, self.name)
+        known = context.statistics if self.wants_statistics else None
+        schemes, accounts = share_out(demands, self.target_bits, known, self.name)
         return list(zip((d.group for d in demands), schemes, accounts, strict=True))
 
     def _schemes(
@@ -212,9 +225,9 @@ class QuantizeWeights(Pass):
         stored = context.target.weight_bits if context.target else BITS
         allowed = self.widths or [bits for bits in BITS if _can_store(bits, stored)]
         forms = [form for form in FORMS if form[0] in allowed] if free else [(settings.bits, settings.block)]
-        computes_in = group.sites[0].computes_in
+        computes_in, data = group.sites[0].computes_in, context.statistics is not None
         made = (
-            replace(settings, bits=bits, block=block).scheme(group.rows, group.columns, computes_in)
+            replace(settings, bits=bits, block=block).scheme(group.rows, group.columns, computes_in, data=data)
             for bits, block in forms
         )
         return tuple(dict.fromkeys(made))

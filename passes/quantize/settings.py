@@ -9,12 +9,14 @@ from typing import Any, Literal
 
 from onnxslim_llm.concepts.block_weights import Method, WeightScheme
 from onnxslim_llm.errors import UsageError, did_you_mean
+from onnxslim_llm.passes.quantize.planes import PLANES
 from onnxslim_llm.products.sites import ComputeType
 
 __all__ = [
     "BITS",
     "BLOCKS",
     "WORTH_A_CAST",
+    "MethodOption",
     "ScaleType",
     "Settings",
     "check_scheme",
@@ -23,6 +25,8 @@ __all__ = [
 ]
 
 ScaleType = Literal["activation", "float16"]
+#: "probed" is "calibrated" where there are statistics of anything, and otherwise "search".
+MethodOption = Literal[Method, "probed"]
 
 #: Scales are stored in another type than is computed in only if that saves more bytes than this: it takes a Cast. Also
 #: what folding constants may add to a file by default, so that the Cast is not folded away again.
@@ -32,7 +36,7 @@ _BYTES = {"float32": 4, "float16": 2}
 
 BITS = (2, 3, 4, 5, 6, 8)
 BLOCKS = (0, 16, 32, 64, 128, 256)
-_METHODS = ("rtn", "search", "hqq", "calibrated")
+_METHODS = ("rtn", "search", "hqq", "calibrated", "probed")
 _SCALE_TYPES = ("activation", "float16")
 _SCOPE_KEYS = ("match", "bits", "block", "symmetric", "method", "scale_dtype")
 
@@ -43,14 +47,15 @@ class Settings:
 
     Attributes:
         bits: 0 leaves the weight alone.
-        block, symmetric, method: As in `WeightScheme`.
+        block, symmetric: As in `WeightScheme`.
+        method: Likewise, or "probed".
         scale_dtype: Type of the stored scales; "activation" is the type that is computed in.
     """
 
     bits: int
     block: int
     symmetric: bool
-    method: Method
+    method: MethodOption
     scale_dtype: ScaleType
 
     def in_scopes(self, scopes: Iterable[Mapping[str, Any]], names: Iterable[str]) -> Settings:
@@ -61,13 +66,22 @@ class Settings:
                 settings = replace(settings, **{key: value for key, value in scope.items() if key != "match"})
         return settings
 
-    def scheme(self, rows: int, columns: int, computes_in: ComputeType) -> WeightScheme:
-        """Return the scheme for a weight [K, N]; a block is not made longer than the column needs."""
+    def scheme(self, rows: int, columns: int, computes_in: ComputeType, *, data: bool) -> WeightScheme:
+        """Return the scheme for a weight [K, N]; a block is not made longer than the column needs.
+
+        Args:
+            rows: K.
+            columns: N.
+            computes_in: Type of the activations.
+            data: Whether there are statistics.
+        """
         block = self.block
         while block > BLOCKS[1] and block // 2 >= rows:
             block //= 2
         scale_type = computes_in if self.scale_dtype == "activation" else self.scale_dtype
-        scheme = WeightScheme(self.bits, block, self.symmetric, self.method, scale_type)
+        method: Method = self.method if self.method != "probed" else "calibrated" if data else "search"
+        symmetric = self.symmetric or self.bits in PLANES
+        scheme = WeightScheme(self.bits, block, symmetric, method, scale_type)
         saved = scheme.block_count(rows) * columns * (_BYTES[computes_in] - _BYTES[scale_type])
         return scheme if saved > WORTH_A_CAST else replace(scheme, scale_type=computes_in)
 
