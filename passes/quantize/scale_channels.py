@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ScaleChannels"]
 
-#: What a candidate may cost: the product of H with the columns that it is tried on takes about the time of rounding the
-#: whole weight if n K^2 is so many times K N (measured, see docs/weight-only.md), and n is at least the second number.
-_TRIED, _TRIED_LEAST = 128, 32
+#: Columns n that a candidate is tried on, as n K / N: the product of H with them then takes about as long as rounding
+#: the whole weight to the nearest codes. And the least of them.
+_TRIED, _TRIED_LEAST = 64, 32
 #: Columns on which the winner has to show, with the quantizer that follows, that it is better than nothing.
 _JUDGED = 1024
 
