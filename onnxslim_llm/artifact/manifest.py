@@ -165,8 +165,15 @@ class LayerError(_Record):
     name: str
     role: str = "other"
     bits: float | None = None
+    block: int | None = Field(default=None, description="elements that share a scale; 0 for a whole column")
+    reason: str = Field(default="", description="why it has more bits than others")
     relative_error: Figure = None
-    sqnr_db: Figure = Field(default=None, description="measured on the layer's output, where verify did so")
+    predicted_error: Figure = Field(
+        default=None, description="of the product's output: root of tr(E'HE) / tr(W'HW) on held-out calibration data"
+    )
+    sqnr_db: Figure = Field(
+        default=None, description="of the product's output in the artifact, everything before it compressed, too"
+    )
 
 
 class Gate(_Record):

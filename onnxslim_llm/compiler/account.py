@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,16 @@ def describe(model: Model) -> ModelFigures:
     return ModelFigures(opset, ops, model.weight_bytes(), bytes_by_role(weight_uses(model)), producer)
 
 
+#: Names for the places that passes choose more bits for.
+_PLACES = {
+    "embedding": "embedding",
+    "lm_head": "classifier",
+    "value": "attention values",
+    "output": "attention output",
+    "first_block": "first block",
+}
+
+
 @dataclass
 class Account:
     """Collects the figures while the compile goes on."""
@@ -110,20 +120,42 @@ class Account:
         self.after = describe(model)
         self.saved = report
         self.passes = records
-        self.layers = _layer_errors(report, self.roles)
+        self.layers = _layer_errors(report, self.roles, _choices(records))
 
 
-def _layer_errors(report: SaveReport, roles: dict[str, str]) -> list[LayerError]:
+def _layer_errors(
+    report: SaveReport, roles: dict[str, str], choices: Mapping[str, Mapping[str, Any]]
+) -> list[LayerError]:
+    fewest = min((choice["bits"] for choice in choices.values() if choice.get("bits")), default=0)
     return [
         LayerError(
             name=name,
             role=roles.get(name, "other"),
             bits=figures.get("bits"),
+            block=choices.get(name, {}).get("block"),
+            reason=_reason(choices.get(name, {}), fewest),
             relative_error=figures["relative_error"],
+            predicted_error=figures.get("relative_output_error"),
         )
         for name, figures in _by_weight(report)
         if "relative_error" in figures
     ]
+
+
+def _choices(records: list[PassRecord]) -> dict[str, Mapping[str, Any]]:
+    """What passes say they chose for each weight, by its name."""
+    listed = [entry for record in records for entry in record.detail.get("tensors", ())]
+    return {entry["name"]: entry for entry in listed if isinstance(entry, Mapping) and "name" in entry}
+
+
+def _reason(choice: Mapping[str, Any], fewest: int) -> str:
+    """Why a weight has more bits than others: in the pass's own words, or by its place in the model."""
+    if choice.get("reason"):
+        return str(choice["reason"])
+    if (choice.get("bits") or 0) <= fewest:
+        return ""
+    places = [_PLACES[role] for role in choice.get("roles", ()) if role in _PLACES]
+    return f"its place: {', '.join(places)}" if places else ""
 
 
 def _by_weight(report: SaveReport) -> Iterator[tuple[str, dict[str, Any]]]:

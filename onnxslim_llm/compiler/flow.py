@@ -182,6 +182,7 @@ def compile(  # noqa: A001
             account.note(f"{what} a mean KL divergence of {verified.kl_mean:.2g}")
         calibrator.discard()
         quality = judge.measure(staging.directory / MODEL_NAME)
+        account.layers = judge.diagnose(account.layers, staging.directory / MODEL_NAME)
         if fixed is not None:
             fixed.discard()
         written, remarks = write_client_files(staging.directory / MODEL_NAME, path.parent)

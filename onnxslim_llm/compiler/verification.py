@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxslim_llm.artifact.manifest import Gate as GateEntry
-from onnxslim_llm.artifact.manifest import Quality, Verify
+from onnxslim_llm.artifact.manifest import LayerError, Quality, Verify
 from onnxslim_llm.compiler.calibration import Calibrator
 from onnxslim_llm.compiler.observation import make_observer
 from onnxslim_llm.compiler.progress import Progress
@@ -137,6 +137,15 @@ class Judge:
             kld_p99=difference.kld_p99,
             top1_agreement=difference.top1_agreement,
         )
+
+    def diagnose(self, layers: list[LayerError], artifact: Path) -> list[LayerError]:
+        """Return the layers with the measured errors of their outputs; as they are if verification is off."""
+        if self._level == "off" or not layers:
+            return layers
+        from onnxslim_llm.compiler.diagnosis import measure_layers
+
+        self._progress.stage("diagnose", None)
+        return measure_layers(layers, self._source, artifact, self._inputs()[0], self._threads)
 
     def find_guilty(self, passes: list[Pass]) -> Pass | None:
         """Return the first pass after which the model misses the gates or does not run, by bisection.

@@ -24,7 +24,8 @@ from onnxslim_llm.report.format import (
     ratio_text,
     seconds_text,
 )
-from onnxslim_llm.report.plots import ROLE_COLOURS, bytes_plot, error_plot, time_plot
+from onnxslim_llm.report.layers import agreement, layer_rows, paired
+from onnxslim_llm.report.plots import ROLE_COLOURS, bytes_plot, error_plot, output_error_plot, time_plot
 
 __all__ = ["render_report"]
 
@@ -55,6 +56,8 @@ def _content(m: Manifest) -> dict[str, Any]:
     ops = sorted(m.source.ops.keys() | m.artifact.ops.keys())
     pairs = [(op, m.source.ops.get(op, 0), m.artifact.ops.get(op, 0)) for op in ops]
     measured = [layer for layer in m.layers if layer.relative_error is not None]
+    rows = layer_rows(measured)
+    points = paired(rows)
     return {
         "title": _title(m.source.path),
         "recipe_name": m.recipe.get("name", "custom"),
@@ -64,6 +67,7 @@ def _content(m: Manifest) -> dict[str, Any]:
         "plots": {
             "bytes": Markup(bytes_plot(before, after)) if before or after else "",
             "errors": Markup(error_plot(m.layers)) if measured else "",
+            "outputs": Markup(output_error_plot(points)) if len(points) > 2 else "",
             "times": Markup(time_plot(m.passes)) if m.passes else "",
         },
         "roles": [
@@ -78,7 +82,12 @@ def _content(m: Manifest) -> dict[str, Any]:
         ],
         "ratio": ratio_text(m.artifact.bytes, m.source.bytes),
         "error_roles": [(r, colour) for r, colour in ROLE_COLOURS.items() if any(x.role == r for x in measured)],
-        "worst": sorted(measured, key=lambda layer: -(layer.relative_error or 0))[:_WORST_LISTED],
+        "point_roles": [(r, colour) for r, colour in ROLE_COLOURS.items() if any(p[1] == r for p in points)],
+        "layer_rows": rows,
+        "shown_rows": _WORST_LISTED,
+        "agreement": agreement(points),
+        "compared_layers": len(points),
+        "kept": [row for row in rows if row.reason],
         "verify_figures": _verify_figures(m),
         "quality_figures": _quality_figures(m),
         "inputs": "; ".join(m.verify.inputs) if m.verify and isinstance(m.verify.inputs, list) else "generated",

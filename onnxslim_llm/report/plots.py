@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from onnxslim_llm.artifact.manifest import LayerError, PassEntry
 from onnxslim_llm.ir.roles import ROLES
 from onnxslim_llm.report.format import bytes_text, figure_text, seconds_text
 
-__all__ = ["ROLE_COLOURS", "bytes_plot", "error_plot", "time_plot"]
+__all__ = ["ROLE_COLOURS", "bytes_plot", "error_plot", "output_error_plot", "time_plot"]
 
 ROLE_COLOURS = {role: f"var(--{role})" for role in ROLES}
 """Colour of each role in the plots; the page's legend uses the same."""
@@ -54,6 +55,41 @@ def error_plot(layers: Sequence[LayerError]) -> str:
     for role in roles:
         chart.add(role, points[role])
     return _svg(chart, "errors")
+
+
+def output_error_plot(points: Sequence[tuple[str, str, float, float]]) -> str:
+    """Predicted against measured relative errors of outputs, both axes logarithmic, as SVG text.
+
+    Args:
+        points: (name, role, predicted, measured), both positive shares.
+    """
+    by_role: dict[str, list[dict[str, Any]]] = {}
+    for name, role, predicted, measured in points:
+        text = f"{name}: predicted {figure_text(100 * predicted, 2)} %, measured {figure_text(100 * measured, 2)} %"
+        by_role.setdefault(role, []).append(_value((math.log10(predicted), math.log10(measured)), text))
+    roles = [role for role in ROLES if role in by_role]
+    colours = [ROLE_COLOURS[role] for role in roles]
+    chart = _chart(pygal.XY, height=360, colours=colours, stroke=False, dots_size=3.5)
+    chart.value_formatter = chart.x_value_formatter = lambda value: f"{figure_text(100 * 10**value, 2)} %"
+    spread = [_decades([point[2] for point in points]), _decades([point[3] for point in points])]
+    chart.xrange, chart.range = spread[0], spread[1]
+    chart.x_labels, chart.y_labels = (_log_ticks(low, high) for low, high in spread)
+    chart.x_title, chart.y_title = "predicted", "measured"
+    for role in roles:
+        chart.add(role, by_role[role])
+    return _svg(chart, "outputs")
+
+
+def _decades(values: Sequence[float]) -> tuple[float, float]:
+    """Logarithms of the smallest and largest value, with a margin."""
+    return math.log10(min(values)) - 0.1, math.log10(max(values)) + 0.1
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Logarithms of 1, 2 and 5 times powers of ten between two logarithms."""
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    ticks = [math.log10(digit) + power for power in powers for digit in (1, 2, 5)]
+    return [tick for tick in ticks if low <= tick <= high]
 
 
 def time_plot(passes: Sequence[PassEntry]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import onnx
 
-__all__ = ["Tap", "find_taps"]
+__all__ = ["Tap", "find_taps", "product_outputs"]
 
 #: Operators that only change type, place or name of a weight on its way to the product.
 _CARRIERS = frozenset(["Identity", "Cast", "Transpose"])
@@ -36,6 +36,26 @@ def find_taps(graph: onnx.GraphProto) -> list[Tap]:
     Args:
         graph: The top graph; what subgraphs do is not seen.
     """
+    taps: dict[str, Tap] = {}
+    for position, (node, weight, rows) in enumerate(_products(graph, _matrices(graph))):
+        if weight is not None:
+            tap = taps.setdefault(node.input[0], Tap(node.input[0], rows, position))
+            if weight not in tap.weights:
+                tap.weights.append(weight)
+    return list(taps.values())
+
+
+def product_outputs(graph: onnx.GraphProto) -> dict[str, str]:
+    """Return the tensor that each weight's (first) product makes, by the weight's name."""
+    found: dict[str, str] = {}
+    for node, weight, _ in _products(graph, _matrices(graph)):
+        if weight is not None:
+            found.setdefault(weight, node.output[0])
+    return found
+
+
+def _matrices(graph: onnx.GraphProto) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the weight behind each tensor that is one, and the shape in which the tensor has it."""
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     origin: dict[str, tuple[str, tuple[int, ...]]] = {n: (n, shape) for n, shape in shapes.items() if len(shape) == 2}
     for node in graph.node:
@@ -47,13 +67,7 @@ def find_taps(graph: onnx.GraphProto) -> list[Tap]:
             name, shape = origin[node.input[0]]
             turned = node.op_type == "Transpose"
             origin[node.output[0]] = (name, shape[::-1] if turned else shape)
-    taps: dict[str, Tap] = {}
-    for position, (node, weight, rows) in enumerate(_products(graph, origin)):
-        if weight is not None:
-            tap = taps.setdefault(node.input[0], Tap(node.input[0], rows, position))
-            if weight not in tap.weights:
-                tap.weights.append(weight)
-    return list(taps.values())
+    return origin
 
 
 def _products(

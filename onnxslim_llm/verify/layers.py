@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ def compare_layers(
     *,
     threads: int = 0,
     token_ids: Sequence[int] | None = None,
+    names: Collection[str] | None = None,
     progress: Progress | None = None,
 ) -> LayerComparison:
     """Run both models once on the inputs of the first and compare the floating-point tensors of the same name.
@@ -65,6 +66,7 @@ def compare_layers(
         second: compared with it.
         threads: of ONNX Runtime; 0 leaves it to ONNX Runtime.
         token_ids: tokens of real text for a decoder; random ones are used without.
+        names: of the tensors to compare; all that both models name by default.
         progress: called with (done, of how many) runs.
 
     Raises:
@@ -73,7 +75,7 @@ def compare_layers(
     tell = progress or (lambda done, total: None)
     protos = [load_structure(first), load_structure(second)]
     makers = [_makers(proto) for proto in protos]
-    shared = [name for name in makers[0] if name in makers[1]]
+    shared = [name for name in makers[0] if name in makers[1] and (names is None or name in names)]
     plain = open_session(first, threads=threads, optimise=False, config=SOURCE_CONFIG)
     plan = make_plan(plain, proto=protos[0], token_ids=token_ids)
     tell(1, 3)
@@ -81,16 +83,16 @@ def compare_layers(
     sessions = [
         _open(proto, Path(path).parent, shared, threads) for proto, path in zip(protos, (first, second), strict=True)
     ]
-    names = _comparable(sessions, shared)
-    if not names:
+    compared = _comparable(sessions, shared)
+    if not compared:
         raise ModelError("the models share no floating-point tensor", where=f"{first} and {second}")
     outputs = []
     for done, session in enumerate(sessions):
-        outputs.append(session.run_values(_feeds(session, plan.cases[0]), names))
+        outputs.append(session.run_values(_feeds(session, plan.cases[0]), compared))
         tell(done + 2, 3)
     layers: list[LayerError] = []
     skipped: list[tuple[str, str]] = []
-    for name in names:
+    for name in compared:
         a, b = (session.array(values.pop(name)) for session, values in zip(sessions, outputs, strict=True))
         if a.shape != b.shape:
             skipped.append((name, f"the shapes differ: {list(a.shape)} and {list(b.shape)}"))
