@@ -51,7 +51,7 @@ def measure(subject: Subject, contestant: Contestant, source: Session, folder: P
     if subject.kind == "encoder":
         assert isinstance(opened, Session)
         return cell | asdict(compare(embed(source, subject.sentences), embed(opened, subject.sentences)))
-    found = evaluate_tokens(opened, subject.tokens, versus=source, window=subject.window, threads=1)
+    found = evaluate_tokens(opened, subject.tokens, versus=source, window=subject.window, threads=1, greedy=False)
     difference = found.difference
     assert difference is not None
     return cell | {

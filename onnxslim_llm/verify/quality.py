@@ -43,7 +43,7 @@ class Difference:
         kld_mean, kld_p99, kld_max: KL(source || model) over tokens, in nats.
         top1_agreement: share of tokens where both find the same token the likeliest.
         rms_delta_p: root mean square change of the true token's probability.
-        greedy: continuations of prompts from the text, None if the text is too short for them.
+        greedy: continuations of prompts from the text, None if it is too short for them or they were not asked for.
     """
 
     ppl_source: float
@@ -156,8 +156,9 @@ def evaluate_tokens(
     threads: int = 0,
     progress: Progress | None = None,
     size: int | None = None,
+    greedy: bool = True,
 ) -> Quality:
-    """As `evaluate`, on token ids [n] of a text of `size` bytes."""
+    """As `evaluate`, on token ids [n] of a text of `size` bytes; `greedy` compares continuations, too."""
     start = time.perf_counter()
     runner = _runner(model, threads, window)
     source = None if versus is None else _runner(versus, threads, window)
@@ -181,7 +182,7 @@ def evaluate_tokens(
             progress(done, len(ids))
     difference = None
     if source is not None:
-        difference = sums.difference(_greedy(source, runner, ids))
+        difference = sums.difference(_greedy(source, runner, ids) if greedy else None)
     return Quality(
         tokens=sums.tokens,
         text_tokens=len(ids),
