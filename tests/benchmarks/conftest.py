@@ -6,4 +6,4 @@ import sys
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path[:0] = [str(BENCHMARKS / "kernels"), str(BENCHMARKS / "end_to_end")]
+sys.path[:0] = [str(BENCHMARKS / part) for part in ("kernels", "end_to_end", "quality")]
