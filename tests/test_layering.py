@@ -16,12 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Part -> parts of the project that it may import. The order is the direction: left to right, down to up.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "bounded": set(),
+    "consumers": {"bounded"},  # interpreters of other environments run them, too
     "ir": {"errors"},
     "rewrite": {"errors", "ir", "stats", "targets"},  # stats, targets: the types of what a Context holds
     "concepts": {"errors", "ir", "rewrite"},
     "products": {"errors", "ir", "rewrite", "concepts"},
     "stats": {"errors", "ir", "runtime"},
-    "targets": {"errors", "ir", "rewrite", "concepts", "runtime", "custom_ops"},  # they open artifacts
+    "targets": {"errors", "ir", "rewrite", "concepts", "runtime", "custom_ops", "bounded"},  # they open artifacts
     "runtime": {"errors", "ir", "custom_ops"},  # artifacts may need our operators
     "verify": {"errors", "ir", "rewrite", "runtime", "targets"},
     "artifact": {"errors", "ir"},
@@ -31,11 +33,11 @@ ALLOWED: dict[str, set[str]] = {
     "recipe": {"errors", "rewrite", "targets"},
     "compiler": {
         *("artifact", "errors", "ir", "passes", "recipe", "report", "rewrite", "runtime", "stats", "targets", "verify"),
-        *("concepts", "custom_ops"),
+        *("concepts", "custom_ops", "consumers"),
     },
     "cli": {
         *("artifact", "compiler", "errors", "ir", "recipe", "report", "rewrite", "runtime", "stats", "targets"),
-        *("verify", "custom_ops"),
+        *("verify", "custom_ops", "consumers"),
     },
 }
 
@@ -44,7 +46,7 @@ RESERVED: dict[str, set[str]] = {
     "torch": set(),
     "typer": {"cli"},
     "click": {"cli"},
-    "onnxruntime": {"runtime", "verify", "targets", "custom_ops", "cli"},
+    "onnxruntime": {"runtime", "verify", "targets", "custom_ops", "cli", "consumers"},
 }
 
 

@@ -56,7 +56,11 @@ def command(output: Output) -> None:
 
     from onnxslim_llm.report.tables import plain_table
 
-    checks = [check for group in (_machine, _libraries, _native, _runtime, _extras, _room) for check in _safely(group)]
+    checks = [
+        check
+        for group in (_machine, _libraries, _native, _runtime, _extras, _consumers, _room)
+        for check in _safely(group)
+    ]
     marks = {"ok": Text("✓", "green"), "optional": Text("–", "yellow"), "missing": Text("✗", "red")}
     rows: list[list[Any]] = [[marks[check.state], check.name, check.text] for check in checks]
     healthy = all(check.state != "missing" for check in checks)
@@ -124,6 +128,16 @@ def _extras() -> list[_Check]:
         version = package_version(name)
         found.append(_Check(name, "ok" if version else "optional", version or f"not installed; only for {use}"))
     return found
+
+
+def _consumers() -> list[_Check]:
+    """Programs that `targets --check` runs models in, and targets with tools of their own."""
+    from onnxslim_llm.consumers.consumer import CONSUMERS
+    from onnxslim_llm.targets import all_targets
+
+    known = [(consumer.title, consumer.installed()) for consumer in CONSUMERS if consumer.extra]
+    known += [(f"target {t.name}", t.installed()) for t in all_targets().values() if t.extra]
+    return [_Check(name, "ok" if there else "optional", text) for name, (there, text) in known]
 
 
 def _room() -> list[_Check]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxslim_llm.artifact.environment import usable_cpus
 from onnxslim_llm.artifact.sidefiles import carry_side_files
 from onnxslim_llm.errors import ModelError, UsageError
 from onnxslim_llm.ir.model import Model, open_model
@@ -101,7 +102,7 @@ class FixedSource:
         model = open_model(source)
         make_pass("fix_shapes", {"sizes": shapes.text}).apply(model, Context())
         self.path = folder / "source.onnx"
-        save_model(model, self.path, SaveOptions(jobs=threads))
+        save_model(model, self.path, SaveOptions(jobs=threads or usable_cpus()))
         carry_side_files(source.parent, folder, only_known=True)
         self._caches = [tensor for tensor in model.graph.inputs if _is_cache(tensor)]
 

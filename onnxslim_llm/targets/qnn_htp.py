@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onnxslim_llm.bounded import Outcome, run_bounded
 from onnxslim_llm.errors import UsageError, did_you_mean
 from onnxslim_llm.targets.base import Finished, Target, VendorError, Violation
-from onnxslim_llm.targets.bounded import Outcome, run_bounded
 from onnxslim_llm.targets.htp_lint import htp_violations
 from onnxslim_llm.targets.htp_rules import HTP_RULES
 from onnxslim_llm.targets.native_output import stdout_to_stderr

@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any
 
-from onnxslim_llm.targets.bounded import answer
+from onnxslim_llm.bounded import answer
 from onnxslim_llm.targets.qnn_provider import qnn_options
 
 _LOG_LEVELS = {"errors": 2, "everything": 0}

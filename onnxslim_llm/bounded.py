@@ -105,5 +105,5 @@ def _kill_group(child: subprocess.Popen[bytes]) -> None:
 
 def _search_path() -> str:
     """The child must find this very package, also in a checkout that is not installed."""
-    here = str(Path(__file__).resolve().parents[2])
+    here = str(Path(__file__).resolve().parents[1])
     return os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))

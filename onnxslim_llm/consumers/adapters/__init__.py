@@ -1,0 +1,1 @@
+"""One file a consumer: `run(model, feeds, folder, outputs)` converts and runs a model in it."""
