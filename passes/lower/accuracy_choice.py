@@ -47,10 +47,9 @@ class _Choice:
         return math.isfinite(loss.error) and loss.error <= self._largest_error
 
     def _tell(self, jobs: Sequence[BlockJob], loss: RoundingLoss, chosen: str | int, **more: Any) -> None:
-        entry: dict[str, Any] = {"name": " + ".join(job.where() for job in jobs), "int8_error": round(loss.error, 5)}
-        if loss.calibrated:
-            entry["calibrated"] = True
-        self._measured.append({**entry, "chosen": chosen, **more})
+        name = " + ".join(job.where() for job in jobs)
+        entry = {"name": name, "int8_error": round(loss.error, 5), "rows_like": loss.rows, "chosen": chosen}
+        self._measured.append({**entry, **more})
 
     def _account(self, name: str) -> dict[str, Any]:
         """Return the entries for `Change.detail`."""
@@ -92,10 +91,10 @@ class AccuracyChoice(_Choice):
         return self._account("accuracy")
 
     def _good_enough(self, call: BlockCall, jobs: tuple[BlockJob, ...]) -> Accuracy:
-        loss = self._errors.int8(jobs, min(DOT_ROWS, call.stored_block("nbits")))
+        loss = self._errors.int8(call.operand, jobs, min(DOT_ROWS, call.stored_block("nbits")))
         found: Accuracy = "int8"
         if not self._fits(loss):
-            found = "bf16" if self._fits(self._errors.bf16(jobs)) else "exact"
+            found = "bf16" if self._fits(self._errors.bf16(call.operand, jobs)) else "exact"
         self._tell(jobs, loss, found)
         return found
 
@@ -130,7 +129,7 @@ class LevelChoice(_Choice):
 
     def _good_enough(self, call: BlockCall) -> int:
         bits = call.job.scheme.bits
-        loss = self._errors.int8((call.job,), call.stored_block("nbits"))
+        loss = self._errors.int8(call.operand, (call.job,), call.stored_block("nbits"))
         if self._fits(loss):
             self._tell((call.job,), loss, _INT8_LEVEL)
             return _INT8_LEVEL

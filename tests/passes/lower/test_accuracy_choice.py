@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from block_models import Array, model_of, product, weights
+from block_models import Array, model_of, product, proto, weights
 from onnx import numpy_helper
 
 from onnxslim_llm.custom_ops import packed
@@ -80,7 +80,7 @@ def test_int8_is_taken_where_nothing_speaks_against_it() -> None:
         (measured,) = detail["measured"]
         assert (measured["name"], measured["chosen"]) == ("W", chosen)
         assert 0.003 < measured["int8_error"] < 0.01  # 0.6 % is what theory says of a normal distribution
-        assert "calibrated" not in measured
+        assert measured["rows_like"] == "normal"
 
 
 def test_a_product_that_loses_too_much_is_more_precise(tmp_path: Path) -> None:
@@ -90,10 +90,33 @@ def test_a_product_that_loses_too_much_is_more_precise(tmp_path: Path) -> None:
     chosen, detail = lowered(LowerOrtCpuOps(), weight, statistics)
     assert chosen == "bf16"
     assert detail["accuracy"] == {"bf16": 1}
-    assert detail["measured"][0]["calibrated"]
+    assert detail["measured"][0]["rows_like"] == "calibration data"
     assert lowered(LowerOrtCpu(), weight, statistics)[0] == 1
     # Not without data: the weight alone does not tell.
     assert lowered(LowerOrtCpuOps(), weight, None)[0] == "int8"
+
+
+NORMS = {
+    "n = RMSNormalization (x, g)": 0,
+    "n = LayerNormalization (x, g, b)": 0.5,
+    "n, , , s = com.microsoft.SkipSimplifiedLayerNormalization (x, x, g)": 0,
+}
+
+
+@pytest.mark.parametrize("norm", list(NORMS))
+def test_a_norm_says_how_large_its_channels_are(norm: str) -> None:
+    """Without calibration data: some channels are scaled up, and the weight makes up for it."""
+    scale = np.where(np.arange(K) % 32 == 0, np.float32(200), np.float32(1))
+    constants = {"g": scale, "b": np.full(K, NORMS[norm], np.float32), "W": deaf_to_outliers()}
+    text = f"agraph (float[m, {K}] x) => (float[m, {N}] y) {{ {norm} y = MatMul (n, W) }}"
+    used = {name: value for name, value in constants.items() if name != "b" or ", b)" in norm}
+    model = model_of(proto(text, 24, 10, ', "com.microsoft" : 1', **used))
+    steps = "quantize_weights{min_elements=0, lm_head_bits=4}, lower_ort_cpu_ops"
+    detail = Pipeline(steps).run(model, Context())[-1].detail
+    (measured,) = detail["measured"]
+    assert (measured["rows_like"], measured["chosen"]) == ("norm", "bf16")
+    rows = weights(7, ROWS, K) * scale + np.float32(NORMS[norm])
+    assert measured["int8_error"] == pytest.approx(true_error(rows, constants["W"]), rel=CLOSENESS)
 
 
 @pytest.mark.parametrize("bits", [2, 8])
