@@ -98,8 +98,8 @@ class QuantizeDynamically(Pass):
         if (model.opset() or 0) < _MIN_OPSET:
             convert_opset(model, _MIN_OPSET)
             change.detail["converted_to_opset"] = _MIN_OPSET
-        _Replacement(model).replace(nodes)
         change.sites += [item.label for item in nodes]
+        _Replacement(model).replace(nodes)
         change.detail["products"] = len(nodes)
         return change
 
