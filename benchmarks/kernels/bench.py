@@ -35,6 +35,7 @@ from onnxslim_llm.custom_ops.packed import PackedScheme
 SHAPES = "2048x2048,2048x8192,8192x2048,4096x4096,4096x14336,2048x128256"
 READ_BYTES = 256 << 20
 """Of a reading between the products: as long as a few large ones."""
+CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 WORK = 2e10
 """Multiplications of a pass, beyond which fewer copies are used."""
 
@@ -108,7 +109,7 @@ class Bench:
     def driver(self, threads: int) -> Driver:
         """The driver with a pool of so many threads."""
         if threads not in self._drivers:
-            self._drivers[threads] = Driver(self._library, threads)
+            self._drivers[threads] = Driver(self._library, threads, self.arguments.clock == "cpu")
         return self._drivers[threads]
 
     def schemes(self, k: int, n: int) -> dict[str, tuple[PackedScheme, Accuracy, str]]:
@@ -140,10 +141,10 @@ class Bench:
                 assert self._ggml is not None
                 kind = GGML_PEERS[peer]
                 copies = copies_for(k * n * kind.size / kind.elements, k, n, rows, rotate)
-                found[peer] = GgmlPeer(self._ggml, peer, k, n, rows, copies, threads)
+                found[peer] = GgmlPeer(self._ggml, peer, k, n, rows, copies, threads, CLOCKS[self.arguments.clock])
             else:
                 copies = copies_for(PEERS[peer][0] * k * n, k, n, rows, min(rotate, 1.2e9))
-                found[peer] = OrtPeer(peer, k, n, rows, copies, threads)
+                found[peer] = OrtPeer(peer, k, n, rows, copies, threads, CLOCKS[self.arguments.clock])
         return found
 
     def cell(self, k: int, n: int, rows: int, threads: int) -> list[Measurement]:
@@ -200,6 +201,12 @@ def main() -> None:
     parser.add_argument("--llama-cpp", type=Path, help="folder with libggml.so [default: the installed llama_cpp's]")
     parser.add_argument("--rotate", type=float, default=560, help="megabytes of weights for up to 16 rows")
     parser.add_argument("--budget", type=float, default=2, help="seconds for each candidate of a cell")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: processor time, which for one thread says more where others use the machine",
+    )
     parser.add_argument("--runs", type=int, default=3, help="of each candidate, at least")
     parser.add_argument("--out", type=Path, help="file that lines of JSON are added to; cells that it has are skipped")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="print tables of an --out file, and end")
@@ -207,6 +214,8 @@ def main() -> None:
     if arguments.markdown is not None:
         print(markdown(load(arguments.markdown)))
         return
+    if arguments.clock == "cpu" and arguments.threads != "1":
+        parser.error("processor time of several threads says nothing: --threads 1")
     arguments.blocks = [int(block) for block in arguments.blocks.split(",")]
     arguments.isas = arguments.isas.split(",")
     arguments.accuracies = [Accuracy[name.upper()] for name in arguments.accuracies.split(",")]

@@ -4,9 +4,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include <atomic>
-#include <chrono>
 #include <condition_variable>
 #include <functional>
 #include <mutex>
@@ -23,10 +23,14 @@
 
 namespace {
 
+// Processor time of the calling thread instead of the time that passes.
+std::atomic<bool> processor_time{false};
+
 double now() {
-  return std::chrono::duration<double>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
+  timespec time;
+  clock_gettime(processor_time ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC,
+                &time);
+  return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
 }
 
 // Threads that spin for work, as an inference runtime's do, but only between
@@ -119,6 +123,9 @@ struct Awake {
 
 // A pool of threads for the calls below.
 BENCH_EXPORT void *bench_pool(int32_t threads) { return new Pool(threads); }
+BENCH_EXPORT void bench_processor_time(int32_t yes) {
+  processor_time = yes != 0;
+}
 BENCH_EXPORT void bench_free_pool(void *pool) { delete (Pool *)pool; }
 
 // Products of a [m, K] with each of `copies` packed weights, `step` bytes

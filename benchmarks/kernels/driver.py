@@ -41,10 +41,11 @@ def touched(size: int) -> Array:
 class Driver:
     """The loaded driver with a pool of threads."""
 
-    def __init__(self, library: Path, threads: int) -> None:
+    def __init__(self, library: Path, threads: int, processor_time: bool = False) -> None:
         self.threads = threads
         c = ctypes
         lib = self._lib = c.CDLL(str(library))
+        lib.bench_processor_time.argtypes = (c.c_int32,)
         lib.bench_pool.restype = c.c_void_p
         lib.bench_free_pool.argtypes = (c.c_void_p,)
         integers = (c.c_int64, c.c_int64, c.c_int64)
@@ -60,6 +61,7 @@ class Driver:
         lib.bench_peak.argtypes = (c.c_void_p, c.c_int32, c.c_int32)
         lib.bench_read.restype = c.c_double
         lib.bench_read.argtypes = (c.c_void_p, c.c_int32, c.c_void_p, c.c_int64)
+        lib.bench_processor_time(processor_time)
         self._pool = lib.bench_pool(threads)
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,19 @@ class GgmlPeer:
         buffer: name of the kind of memory that holds the weights, which says which kernels run.
     """
 
-    def __init__(self, library: GgmlLibrary, name: str, k: int, n: int, rows: int, copies: int, threads: int) -> None:
+    def __init__(
+        self,
+        library: GgmlLibrary,
+        name: str,
+        k: int,
+        n: int,
+        rows: int,
+        copies: int,
+        threads: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._lib, self._type, self.copies = library, GGML_PEERS[name], copies
-        self._rows, self._columns, self._threads = rows, n, threads
+        self._rows, self._columns, self._threads, self._clock = rows, n, threads, clock
         self._backend = library.backend_cpu_init()
         library.backend_cpu_set_n_threads(self._backend, threads)
         nodes = 2 * copies + 16
@@ -143,11 +154,11 @@ class GgmlPeer:
         return elapsed / self.copies
 
     def _compute(self) -> float:
-        start = time.perf_counter()
+        start = self._clock()
         status = self._lib.backend_graph_compute(self._backend, self._graph)
         if status != 0:
             raise RuntimeError(f"ggml ended with status {status}")
-        return time.perf_counter() - start
+        return self._clock() - start
 
     def result(self) -> Array:
         """The newest product, [rows, n] float32."""
