@@ -90,11 +90,11 @@ inline void pack_planes(const Codes& codes, uint8_t* column) {
     }
 }
 
+// Of the merged vectors of a group, which are read before anything is written.
 template <int kShared, int kWidth>
-inline uint64_t plane_octet(const uint8_t* column, int octet) {
+inline uint64_t plane_octet(const uint64_t* merged, int octet) {
     const int span = octet / (2 * kShared), i = octet / 2 % kShared;
-    const uint64_t merged = load_octet(column + (span * 2 + octet % 2) * 128);
-    return merged >> (i * kWidth) & (((1u << kWidth) - 1) * kOnes);
+    return merged[span * 2 + octet % 2] >> (i * kWidth) & (((1u << kWidth) - 1) * kOnes);
 }
 
 constexpr int kHighBits = 256;  // where the third bits of 3-bit codes begin
@@ -117,13 +117,13 @@ inline void pack(const uint8_t* stream, uint8_t* column) {
 
 template <int kBits>
 inline void unpack(const uint8_t* column, uint8_t* stream) {
+    constexpr int kWidth = kBits == 3 ? 2 : kBits, kShared = 8 / kWidth;
+    uint64_t merged[8 / kShared];
+    for (int i = 0; i < 8 / kShared; i++) merged[i] = load_octet(column + i * 128);
     const uint64_t high = kBits == 3 ? load_octet(column + kHighBits) : 0;
     for (int octet = 0; octet < 8; octet++) {
-        uint64_t x;
-        if constexpr (kBits == 3)
-            x = plane_octet<4, 2>(column, octet) | (high >> octet & kOnes) << 2;
-        else
-            x = plane_octet<8 / kBits, kBits>(column, octet);
+        uint64_t x = plane_octet<kShared, kWidth>(merged, octet);
+        if constexpr (kBits == 3) x |= (high >> octet & kOnes) << 2;
         x = gather<kBits>(x);
         memcpy(stream + octet * kBits, &x, kBits);
     }
