@@ -43,11 +43,13 @@ from onnxslim_llm.passes.lower.lower_ort_cpu_ops import LowerOrtCpuOps
 from onnxslim_llm.passes.lower.lower_portable import LowerPortable
 from onnxslim_llm.passes.lower.lower_standard_ops import LowerStandardOps
 from onnxslim_llm.passes.lower.raise_block_weights import RaiseBlockWeights
+from onnxslim_llm.passes.lowrank.compensate_low_rank import CompensateLowRank
+from onnxslim_llm.passes.prune.prune_neurons import PruneNeurons
 from onnxslim_llm.passes.prune.prune_weights import PruneWeights
 from onnxslim_llm.passes.prune.store_sparse import StoreSparse
 from onnxslim_llm.passes.qdq.quantize_activations import QuantizeActivations
-from onnxslim_llm.passes.quantize.correct_biases import CorrectBiases
 from onnxslim_llm.passes.qdq.quantize_dynamically import QuantizeDynamically
+from onnxslim_llm.passes.quantize.correct_biases import CorrectBiases
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.passes.quantize.rotate_residual import RotateResidual
 from onnxslim_llm.passes.quantize.scale_channels import ScaleChannels
@@ -83,9 +85,11 @@ PASSES: tuple[type[Pass], ...] = (
     ScaleChannels,
     SmoothActivations,
     RotateResidual,
+    PruneNeurons,
     PruneWeights,
     StoreSparse,
     QuantizeWeights,
+    CompensateLowRank,
     CorrectBiases,
     PackProjections,
     RaiseBlockWeights,
