@@ -1,0 +1,1 @@
+"""Passes that make matrices of low rank."""
