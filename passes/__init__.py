@@ -34,6 +34,7 @@ from onnxslim_llm.passes.lower.fix_inputs import FixInputs
 from onnxslim_llm.passes.lower.fix_shapes import FixShapes
 from onnxslim_llm.passes.lower.legalize_indices import LegalizeIndices
 from onnxslim_llm.passes.lower.legalize_masks import LegalizeMasks
+from onnxslim_llm.passes.lower.legalize_means import LegalizeMeans
 from onnxslim_llm.passes.lower.lower_attention import LowerAttention
 from onnxslim_llm.passes.lower.lower_contrib_ops import LowerContribOps
 from onnxslim_llm.passes.lower.lower_kv_cache import LowerKvCache
@@ -101,6 +102,7 @@ PASSES: tuple[type[Pass], ...] = (
     LowerNpuOps,
     LegalizeMasks,
     LegalizeIndices,
+    LegalizeMeans,
     LowerStandardOps,
     LowerContribOps,
     LowerPortable,
