@@ -39,7 +39,7 @@ _TOKENS = 16
 #: For converters that read operators of opset 17 or so: norms and Gelu as arithmetic, masks as numbers.
 PRIMITIVE_LOWERING = (
     "fold_rotary_tables, lower_npu_ops{native_norms=false,native_gelu=false}, fold_constants{max_growth=67108864}, "
-    "legalize_masks, legalize_indices, cleanup, lower_portable, deduplicate_initializers"
+    "legalize_masks, legalize_indices, legalize_means, cleanup, lower_portable, deduplicate_initializers"
 )
 
 
@@ -149,7 +149,7 @@ class _Forms:
         if form in ("primitive", "unpadded"):
             lowering = self.shapes.for_lowering(list(Pipeline(PRIMITIVE_LOWERING).passes))
         if form == "unpadded":
-            fixing = [*fixing, make_pass("fix_inputs", {"values": ",".join(f"{name}=1" for name in _masks(model))})]
+            fixing = [*fixing, make_pass("fix_inputs", {"values": _unpadded(model)})]
         Pipeline([*fixing, *intake_passes(portable), *recipe, *lowering]).run(model, Context(target=portable))
         save_model(model, path)
         if form == "folder":
@@ -158,10 +158,15 @@ class _Forms:
                 raise ModelError(notes[0] if notes else "no genai_config.json can be written", where=str(self._source))
 
 
-def _masks(model: Model) -> list[str]:
-    """Return the integer or boolean inputs that are masks, by their name: nothing else tells them from other ids."""
+def _unpadded(model: Model) -> str:
+    """Return the values of masks and positions for a text without padding, as fix_inputs takes them.
+
+    They are known by their names: nothing else tells them from other integers.
+    """
     inputs = (tensor for tensor in model.graph.inputs if tensor.dtype is not None)
-    return [tensor.name for tensor in inputs if "mask" in tensor.name and np.dtype(tensor.dtype).kind in "iub"]
+    names = [tensor.name for tensor in inputs if np.dtype(tensor.dtype).kind in "iub"]
+    masks = [f"{name}=1" for name in names if "mask" in name]
+    return ",".join([*masks, *(f"{name}=range" for name in names if "position" in name)])
 
 
 def _usual_size(name: str) -> int:

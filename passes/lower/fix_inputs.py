@@ -22,7 +22,7 @@ __all__ = ["FixInputs"]
 
 @dataclass(frozen=True)
 class FixInputs(Pass):
-    """Give inputs of fixed size one value in all elements; they are no inputs any more.
+    """Give inputs of fixed size one value in all elements, or positions in order; they are no inputs any more.
 
     For runtimes that have no operators for masks: with "attention_mask=1" a model reads texts without padding.
 
@@ -36,7 +36,8 @@ class FixInputs(Pass):
         - it is an output, too.
 
     Attributes:
-        values: Such as "attention_mask=1,token_type_ids=0".
+        values: Such as "attention_mask=1,position_ids=range": one number for all elements, or 0, 1, 2, ... along the
+            last axis.
     """
 
     name: ClassVar[str] = "fix_inputs"
@@ -67,24 +68,26 @@ class FixInputs(Pass):
             elif id(tensor) in outputs:
                 change.skip(name, "it is an output, too")
             else:
-                redirect(tensor, constant(name, np.full([int(dim or 0) for dim in shape], value, tensor.dtype)))
+                sizes = [int(dim or 0) for dim in shape]
+                content = np.full(sizes, value) if value is not None else np.broadcast_to(np.arange(sizes[-1]), sizes)
+                redirect(tensor, constant(name, content.astype(tensor.dtype)))
                 model.graph.inputs = [other for other in model.graph.inputs if other is not tensor]
                 change.sites.append(name)
         return change
 
 
-def _parse(text: str) -> dict[str, float]:
-    """Return the values by name.
+def _parse(text: str) -> dict[str, float | None]:
+    """Return the values by name; None for positions in order.
 
     Raises:
         UsageError: The text is of another form.
     """
-    found: dict[str, float] = {}
+    found: dict[str, float | None] = {}
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         name, _, number = part.partition("=")
         try:
-            found[name.strip()] = float(number)
+            found[name.strip()] = None if number.strip() == "range" else float(number)
         except ValueError as error:
-            todo = "write it like attention_mask=1"
+            todo = "write it like attention_mask=1,position_ids=range"
             raise UsageError(f"'{part}' is no value of an input", where="fix_inputs", todo=todo) from error
     return found
