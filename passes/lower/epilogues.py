@@ -63,6 +63,8 @@ def find_epilogue(call: BlockCall, outputs: set[int], *, activations: bool = Tru
             _take_activation(found, outputs)
     if residual:
         _take_residual(found, {id(node) for node in call.graph.nodes}, outputs)
+        if found.residual is not None and activations and found.bias is None and found.activation == "none":
+            _take_bias(found, call.job.columns, outputs)  # of a sum with a correction: both are added, in any order
     return found
 
 

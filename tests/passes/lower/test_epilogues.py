@@ -159,6 +159,8 @@ def with_residual(nodes: str, **constants: Array) -> Model:
         ("p = MatMul (x, W) y = Add (r, p)", {"A": "x", "residual": "r"}),
         ("p = MatMul (x, W) q = Add (p, b) y = Add (q, r)", {"A": "x", "bias": "b", "residual": "r"}),
         ("p = MatMul (x, W) q = Gelu (p) y = Add (q, r)", {"A": "x", "residual": "r"}),
+        # As with a correction of the weight's error: its bias follows.
+        ("p = MatMul (x, W) q = Add (p, r) y = Add (q, b)", {"A": "x", "bias": "b", "residual": "r"}),
         # What is added is made after the product.
         ("p = MatMul (x, W) t = Tanh (r) y = Add (p, t)", {"A": "x", "residual": "t"}),
     ],
@@ -205,6 +207,12 @@ def test_the_sum_of_two_products_is_one_of_them(tmp_path: Path) -> None:
 )
 def test_what_is_no_residual(nodes: str) -> None:
     assert len(with_residual(nodes, W=weights(1, 64, 48)).graph.nodes) == nodes.count("=") - nodes.count("keepdims")
+
+
+def test_an_activation_of_the_sum_is_not_one_of_the_product() -> None:
+    model = with_residual("p = MatMul (x, W) q = Add (p, r) y = Gelu (q)", W=weights(1, 64, 48))
+    assert [n.op for n in model.graph.nodes] == ["MatMulPacked", "Gelu"]
+    assert "activation" not in model.graph.nodes[0].attrs
 
 
 def test_residuals_can_be_left_alone() -> None:
