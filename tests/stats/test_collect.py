@@ -183,3 +183,37 @@ def test_a_decoder_with_a_cache(tmp_path: Path) -> None:
     assert len(statistics.taps) == 4 * layers + 1  # q/k/v, output, gate/up, down, and the classifier
     found = [statistics.of_tensor(tap.tensor) for tap in statistics.taps]
     assert all(moments is not None and moments.count == 64 for moments in found)  # one window of three is held out
+
+
+def test_an_encoder_is_fed_its_inputs_by_name(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    arrays = {"table": (11, WIDTH), "A": (WIDTH, 24), "B": (24, WIDTH)}
+    weights = [numpy_helper.from_array(rng.standard_normal(s).astype(np.float32), n) for n, s in arrays.items()]
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["e"]),
+        helper.make_node("Cast", ["attention_mask"], ["m"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["m", "last"], ["column"]),
+        helper.make_node("Mul", ["e", "column"], ["x"]),
+        helper.make_node("MatMul", ["x", "A"], ["h"]),
+        helper.make_node("Gelu", ["h"], ["g"]),
+        helper.make_node("MatMul", ["g", "B"], ["last_hidden_state"]),
+    ]
+    weights.append(numpy_helper.from_array(np.array([2], np.int64), "last"))
+    inputs = [helper.make_tensor_value_info(n, TensorProto.INT64, ["B", "S"]) for n in ("input_ids", "attention_mask")]
+    output = helper.make_tensor_value_info("last_hidden_state", TensorProto.FLOAT, ["B", "S", WIDTH])
+    graph = helper.make_graph(nodes, "encoder", inputs, [output], weights)
+    path = tmp_path / "encoder.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), path)
+    samples = []
+    for length in (3, 7, 5):  # batches of different shapes
+        ids = rng.integers(0, 11, (2, length))
+        samples.append({"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    statistics, _ = collect(path, "encoder", TensorCalibration(tuple(samples)), tmp_path / "cache")
+    table = numpy_helper.to_array(weights[0])
+    rows = np.concatenate([table[s["input_ids"]].reshape(-1, WIDTH) for s in (samples[0], samples[2])])
+    stored = statistics.of_weight("A")
+    assert stored is not None
+    collected = stored.load()
+    assert (collected.fit.count, collected.held.count) == (16, 14)
+    assert np.allclose(collected.fit.square, np.square(rows, dtype=np.float64).sum(0), rtol=TOLERANCE)
+    assert statistics.of_weight("B") is not None
