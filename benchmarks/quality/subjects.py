@@ -30,6 +30,8 @@ SAMPLE = Path(__file__).resolve().parents[2] / "models" / "stdlib-llama"
 CALIBRATION_TOKENS = 32_768
 #: Encoders: sentences to calibrate with and to be judged by, and their most tokens.
 SENTENCES, CALIBRATION_SENTENCES, SENTENCE_TOKENS = 256, 128, 64
+#: Story models are judged by no more tokens than this: their text is more of the same.
+STORY_TOKENS = 4096
 #: Calibration samples that peers get; their own default is 128.
 PEER_SAMPLES = 64
 
@@ -93,7 +95,7 @@ def stories(data: Path, work: Path, tokens: int) -> list[Subject]:
         words = Llama2cTokenizer(data / "tokenizers" / f"tok{vocab}.bin", vocab)
         window = min(512, int(np.frombuffer(file.read_bytes()[:28], "<i4")[6]))
         fit = _joined(words, told, CALIBRATION_TOKENS)
-        judged = _joined(words, told[::-1], tokens)
+        judged = _joined(words, told[::-1], min(tokens, STORY_TOKENS))
         found.append(_decoder(file.stem, model, file, work, fit, judged, window))
     return found
 
