@@ -14,12 +14,23 @@ static inline Floats block_scales(const PackedWeight& w, const uint8_t* chunk, i
                          chunk + w.scales_at + (block * kStripColumns + column) * bytes);
 }
 
+// kWidth bytes. GCC 12 takes its own conversion apart byte by byte.
+static inline Ints widen_bytes(const uint8_t* from) {
+#if defined(__AVX512F__)
+    return (Ints)_mm512_maskz_cvtepu8_epi32(0xFFFF, load<__m128i>(from));
+#elif defined(__AVX2__)
+    return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#else
+    typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
+    return __builtin_convertvector(load<Bytes>(from), Ints);
+#endif
+}
+
 static inline Floats block_zeros(const PackedWeight& w, const uint8_t* chunk, int32_t block, int32_t column) {
     if (!w.scheme.zero_points) return splat((float)(1 << (w.scheme.bits - 1)));
-    typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
     const bool bytes = w.scheme.bits == 8;
     const uint8_t* from = chunk + w.zeros_at + (bytes ? block : block / 2) * kStripColumns + column;
-    Ints zeros = __builtin_convertvector(load<Bytes>(from), Ints);
+    Ints zeros = widen_bytes(from);
     if (!bytes) zeros = (zeros >> (block % 2 * 4)) & 15;
     return __builtin_convertvector(zeros, Floats);
 }

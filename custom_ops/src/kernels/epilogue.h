@@ -94,20 +94,20 @@ static inline void add_linear_parts(const MatMulProblem& p, const float* t, Stri
         store(sums + c, load<Floats>(sums + c) + load<Floats>(part + c));
 }
 
-// sums [rows][16] of one strip, or of a gate strip followed by the strip that it multiplies, at `stride` floats from
-// it; both are overwritten. Row 0 is row `first` of y; low_rank is a * u of all rows.
+// sums of one strip, rows `row_stride` floats apart, or of a gate strip with those of the strip that it multiplies
+// `pair_stride` floats further on; both are overwritten. Row 0 is row `first` of y; low_rank is a * u of all rows.
 static inline void finish_rows(const MatMulProblem& p, const float* low_rank, int64_t first, int32_t rows,
-                               int64_t strip, float* sums, int64_t stride) {
+                               int64_t strip, float* sums, int64_t row_stride, int64_t stride) {
     const bool gate = p.activation >= kSiluGate;
     const StripColumns columns = columns_of_strip(p.b, strip);
     const bool plain = p.activation == kNoActivation && p.residual == nullptr;
     if (plain && p.rank == 0 && p.bias == nullptr && p.type == kFloat32 && columns.count == kStripColumns) {
         float* y = (float*)p.y + first * p.y_stride + columns.first;
-        for (int32_t r = 0; r < rows; r++, y += p.y_stride, sums += kStripColumns)
+        for (int32_t r = 0; r < rows; r++, y += p.y_stride, sums += row_stride)
             for (int32_t c = 0; c < kStripColumns; c += kWidth) store(y + c, load<Floats>(sums + c));
         return;
     }
-    for (int32_t r = 0; r < rows; r++, sums += kStripColumns) {
+    for (int32_t r = 0; r < rows; r++, sums += row_stride) {
         const int64_t row = first + r;
         if (p.rank > 0 || p.bias != nullptr) {
             const float* t = low_rank + row * p.rank;

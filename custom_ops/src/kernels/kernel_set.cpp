@@ -49,7 +49,7 @@ void run(const MatMulProblem& p, const MatMulPlan& plan, uint8_t* scratch, int64
                     int8_tile(w, bytes, int8_group(w, codes, p.m, row), at_once, sums[i]);
             }
             for (int32_t i = 0; i < (gate ? 1 : strips); i++)
-                finish_rows(p, low_rank, row, rows, strip + i, sums[i], kGroupRows * kStripColumns);
+                finish_rows(p, low_rank, row, rows, strip + i, sums[i], kStripColumns, kGroupRows * kStripColumns);
         }
         strip += strips;
     }

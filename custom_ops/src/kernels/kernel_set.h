@@ -14,20 +14,26 @@ constexpr int32_t kDotRows = 32;  // rows of K that are decoded at a time, and t
 enum Method : int32_t { kMethodFloat = 0, kMethodInt8 = 1, kMethodAmxBf16 = 2 };
 
 // Blocking of the AMX kernels; see amx_bf16.h. Measured on Sapphire Rapids (48 KiB and 2 MiB of cache).
-#ifndef OSL_PANEL_ROWS
-#define OSL_PANEL_ROWS 256
-#define OSL_BLOCK_STRIPS 16
-#define OSL_BLOCK_ROW_TILES 32
+#ifndef OSL_PANEL_STEPS
+#define OSL_PANEL_STEPS 13
+#define OSL_RING_STEPS 20
+#define OSL_BLOCK_STRIPS 32
+#define OSL_BLOCK_ROW_TILES 16
 #endif
-constexpr int32_t kPanelRows = OSL_PANEL_ROWS;
+constexpr int32_t kRingSteps = OSL_RING_STEPS;        // of dequantized weights: 32 rows of K by two strips, 2 KiB
+constexpr int64_t kPanelRows = OSL_PANEL_STEPS * 32;  // of K between two visits to the sums
 constexpr int64_t kBlockStrips = OSL_BLOCK_STRIPS;
 constexpr int64_t kBlockRowTiles = OSL_BLOCK_ROW_TILES;
 
-// Scratch of one run unit: two panels of two strips, and the sums of a block.
+// Tiles of 16 rows. A second one of nothing is cheap: what decides there is how fast weights are dequantized, and that
+// hides better behind more tile products.
+static inline int64_t amx_row_tiles(int64_t m) { return m <= 16 ? 2 : (m + 15) / 16; }
+
+// Scratch of one run unit: the ring, and the sums of a block.
 static inline int64_t amx_unit_bytes(int64_t m, int64_t strips) {
-    const int64_t row_tiles = (m + 15) / 16, rows = row_tiles < kBlockRowTiles ? row_tiles : kBlockRowTiles;
+    const int64_t row_tiles = amx_row_tiles(m), rows = row_tiles < kBlockRowTiles ? row_tiles : kBlockRowTiles;
     const int64_t columns = strips < kBlockStrips ? (strips + 1) / 2 * 2 : kBlockStrips;
-    return (int64_t)kPanelRows * 2 * kStripColumns * 2 * 2 + rows * columns * 1024;
+    return kRingSteps * 2048 + rows * columns * 1024;
 }
 
 // Rows of K that share a scale in the int8 mode.

@@ -55,7 +55,7 @@ const char* check(const MatMulProblem& p, int64_t threads) {
 
 int64_t activation_bytes(const MatMulProblem& p, int32_t method) {
     if (method == kMethodInt8) return int8_scratch_bytes(p.b, p.m);
-    if (method == kMethodAmxBf16) return (p.m + 15) / 16 * 16 * p.b.padded_rows * 2;
+    if (method == kMethodAmxBf16) return amx_row_tiles(p.m) * 16 * p.b.padded_rows * 2;
     return align_64(p.m * p.b.padded_rows * (int64_t)sizeof(float));
 }
 
@@ -69,7 +69,7 @@ int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t kUnitsPerThread = 4;
 
 // Rows from which on dequantizing to bfloat16 for AMX beats exact sums with VNNI (measured).
-constexpr int64_t kAmxRows = 17;
+constexpr int64_t kAmxRows = 11;
 
 int32_t method_of(const MatMulProblem& p, KernelIsa isa) {
     if (p.accuracy != kExact && isa == kIsaAmx && p.m >= kAmxRows) return kMethodAmxBf16;

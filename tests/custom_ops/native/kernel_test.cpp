@@ -12,6 +12,7 @@
 #include <random>
 #include <vector>
 
+#include "kernels/kernel_set.h"
 #include "kernels/matmul.h"
 
 namespace {
@@ -176,7 +177,7 @@ void compare(const std::vector<float> &expected,
 void check_products(const Weight &w) {
   MatMulProblem p = {};
   parse_packed_weight(w.packed.data(), w.packed.size(), &p.b);
-  p.m = one_of({1, 1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 40});
+  p.m = one_of({1, 1, 2, 3, 5, 8, 10, 11, 15, 16, 17, 31, 33, 40, 70});
   p.accuracy = one_of({kExact, kBf16, kInt8, kInt8});
   p.activation = one_of({kNoActivation, kSilu, kGelu, kGeluTanh});
   if (w.order == kPairedHalves && below(2))
@@ -229,7 +230,7 @@ void check_products(const Weight &w) {
     compute(p, (KernelIsa)isa, 1 + below(4));
     MatMulPlan plan;
     plan_matmul(p, 1, (KernelIsa)isa, &plan);
-    const bool bf16 = isa == kIsaAmx && p.m > 16 && p.accuracy != kExact;
+    const bool bf16 = plan.method == kMethodAmxBf16;
     const bool same_bits = p.accuracy == kInt8 && !bf16;
     if (odd && bf16)
       continue; // other rules for what is not finite
