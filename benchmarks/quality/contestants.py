@@ -285,8 +285,13 @@ def _gguf(kind: str, weighted: bool, subject: Subject, folder: Path) -> Path:
     return out
 
 
+_IMPORTANCES: dict[str, dict[str, np.ndarray[Any, np.dtype[Any]]]] = {}
+
+
 def _importances(subject: Subject, layers: int, folder: Path) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
     """Mean squares of the inputs of every layer's products, on our calibration tokens: what llama-imatrix collects."""
+    if subject.name in _IMPORTANCES:
+        return _IMPORTANCES[subject.name]
     calibrator = Calibrator(subject.model, subject.calibration, folder / "statistics", 1, Silent())
     statistics = calibrator.statistics()
     assert statistics is not None
@@ -299,12 +304,13 @@ def _importances(subject: Subject, layers: int, folder: Path) -> dict[str, np.nd
     calibrator.discard()
     assert len(squares) == 4 * layers + 1, "four inputs a layer, and the classifier's"
     readers = (("attn_q", "attn_k", "attn_v"), ("attn_output",), ("ffn_gate", "ffn_up"), ("ffn_down",))
-    return {
+    _IMPORTANCES[subject.name] = {
         f"blk.{layer}.{part}.weight": squares[4 * layer + i]
         for layer in range(layers)
         for i, parts in enumerate(readers)
         for part in parts
     }
+    return _IMPORTANCES[subject.name]
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

@@ -27,7 +27,9 @@ from onnxslim_llm.runtime.tokenizer import load_tokenizer
 Array = NDArray[Any]
 
 SAMPLE = Path(__file__).resolve().parents[2] / "models" / "stdlib-llama"
+SAMPLE_NAME, MINILM_NAME = "stdlib-llama", "all-MiniLM-L6-v2"
 CALIBRATION_TOKENS = 32_768
+WINDOW = 512
 #: Encoders: sentences to calibrate with and to be judged by, and their most tokens.
 SENTENCES, CALIBRATION_SENTENCES, SENTENCE_TOKENS = 256, 128, 64
 #: Story models are judged by no more tokens than this: their text is more of the same.
@@ -79,25 +81,25 @@ def sample(work: Path, tokens: int) -> Subject:
     tokenizer = load_tokenizer(SAMPLE)
     fit = tokenizer.encode((SAMPLE / "calib.txt").read_text(encoding="utf-8"))
     judged = tokenizer.encode((SAMPLE / "heldout.txt").read_text(encoding="utf-8"))
-    return _decoder("stdlib-llama", SAMPLE / "model.onnx", SAMPLE, work, fit, judged[:tokens], 512)
+    return _decoder(SAMPLE_NAME, SAMPLE / "model.onnx", SAMPLE, work, fit, judged[:tokens], WINDOW)
 
 
-def stories(data: Path, work: Path, tokens: int) -> list[Subject]:
+def story_names(data: Path) -> list[str]:
     """The story models of a data folder."""
+    return [file.stem for file in sorted((data / "models").glob("*.bin"))]
+
+
+def story(data: Path, name: str, work: Path, tokens: int) -> Subject:
+    """One of them."""
     text = (data / "text" / "tinystories_2mb.txt").read_text(encoding="utf-8")
-    told = [story.strip() for story in text.split("<|endoftext|>") if story.strip()]
-    found = []
-    for file in sorted((data / "models").glob("*.bin")):
-        model = data / "onnx" / f"{file.stem}_decoder_torchscript.onnx"
-        embedding = next(t for t in onnx.load(model).graph.initializer if len(t.dims) == 2)
-        vocab = int(np.frombuffer(file.read_bytes()[:28], "<i4")[5])
-        assert vocab in embedding.dims
-        words = Llama2cTokenizer(data / "tokenizers" / f"tok{vocab}.bin", vocab)
-        window = min(512, int(np.frombuffer(file.read_bytes()[:28], "<i4")[6]))
-        fit = _joined(words, told, CALIBRATION_TOKENS)
-        judged = _joined(words, told[::-1], min(tokens, STORY_TOKENS))
-        found.append(_decoder(file.stem, model, file, work, fit, judged, window))
-    return found
+    told = [part.strip() for part in text.split("<|endoftext|>") if part.strip()]
+    file = data / "models" / f"{name}.bin"
+    model = data / "onnx" / f"{name}_decoder_torchscript.onnx"
+    vocab, context = (abs(int(number)) for number in np.frombuffer(file.read_bytes()[:28], "<i4")[5:])
+    words = Llama2cTokenizer(data / "tokenizers" / f"tok{vocab}.bin", vocab)
+    fit = _joined(words, told, CALIBRATION_TOKENS)
+    judged = _joined(words, told[::-1], min(tokens, STORY_TOKENS))
+    return _decoder(name, model, file, work, fit, judged, min(WINDOW, context))
 
 
 def _joined(words: Llama2cTokenizer, told: list[str], tokens: int) -> list[int]:
@@ -165,7 +167,7 @@ def minilm(work: Path) -> Subject | None:
     for i, each in enumerate(fit):
         np.savez(calibration / f"{i:04}.npz", **each)  # type: ignore[arg-type]
     return Subject(
-        name="all-MiniLM-L6-v2",
+        name=MINILM_NAME,
         model=model,
         kind="encoder",
         calibration=calibration,

@@ -21,17 +21,21 @@ import re
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from contestants import Contestant, NothingChanged, artifact_bytes, clear, ours, peers
 from encoder_quality import compare, embed
+from recorded import Recorded
 from render import markdown, plain
-from subjects import Subject, minilm, sample, stories
+from subjects import MINILM_NAME, SAMPLE_NAME, Subject, minilm, sample, story, story_names
 
 from onnxslim_llm.artifact.environment import cpu_features, cpu_name, usable_cpus
+from onnxslim_llm.runtime.decoder import DecoderRunner
 from onnxslim_llm.runtime.session import Session, open_session
 from onnxslim_llm.verify.quality import evaluate_tokens
 
@@ -40,7 +44,7 @@ PAGE = ROOT / "docs" / "quality.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 
-def measure(subject: Subject, contestant: Contestant, source: Session, folder: Path) -> dict[str, Any]:
+def measure(subject: Subject, contestant: Contestant, source: Session | Recorded, folder: Path) -> dict[str, Any]:
     """Make and measure one artifact."""
     start = time.perf_counter()
     artifact = contestant.make(subject, clear(folder))
@@ -50,7 +54,9 @@ def measure(subject: Subject, contestant: Contestant, source: Session, folder: P
     opened = contestant.open(artifact)
     if subject.kind == "encoder":
         assert isinstance(opened, Session)
+        assert isinstance(source, Session)
         return cell | asdict(compare(embed(source, subject.sentences), embed(opened, subject.sentences)))
+    assert isinstance(source, Recorded)
     found = evaluate_tokens(opened, subject.tokens, versus=source, window=subject.window, threads=1, greedy=False)
     difference = found.difference
     assert difference is not None
@@ -76,7 +82,9 @@ def run(subjects: list[Subject], contestants: list[Contestant], args: argparse.N
             "window": subject.window,
             "tokens": len(subject.tokens) or len(subject.sentences),
         }
-        source = open_session(subject.model, threads=1)
+        source: Session | Recorded = open_session(subject.model, threads=1)
+        if subject.kind == "decoder":
+            source = Recorded(DecoderRunner(source))
         for contestant in contestants:
             if subject.kind not in contestant.kinds or not _wanted(contestant, args.only):
                 continue
@@ -108,6 +116,19 @@ def run(subjects: list[Subject], contestants: list[Contestant], args: argparse.N
     return stored
 
 
+def _subjects(args: argparse.Namespace, work: Path) -> Iterator[Subject]:
+    """Make those that are asked for."""
+    makers: dict[str, Callable[[], Subject | None]] = {SAMPLE_NAME: lambda: sample(work, args.tokens)}
+    for name in story_names(args.data) if args.data else []:
+        makers[name] = partial(story, args.data, name, work, args.tokens)
+    makers[MINILM_NAME] = lambda: minilm(work)
+    for name, make in makers.items():
+        if not args.models or any(fnmatch.fnmatch(name, pattern) for pattern in args.models):
+            subject = make()
+            if subject is not None:
+                yield subject
+
+
 def _wanted(contestant: Contestant, patterns: list[str] | None) -> bool:
     text = f"{contestant.group} {contestant.name}"
     return not patterns or any(fnmatch.fnmatch(text, f"*{pattern}*") for pattern in patterns)
@@ -137,15 +158,14 @@ def main() -> None:
     parser.add_argument("--redo", action="append", metavar="PATTERN", help="measure again though it is stored")
     parser.add_argument("--models", action="append", metavar="PATTERN", help="only these models")
     parser.add_argument("--ours", action="append", type=_setting, default=[], metavar="SETTING", help="see above")
+    parser.add_argument("--work", type=Path, help="folder for exported models, kept; default: a temporary one")
     parser.add_argument("--write", action="store_true", help="put the table into docs/quality.md")
     parser.add_argument("--verbose", action="store_true", help="tracebacks of peers that fail")
     args = parser.parse_args()
     logging.getLogger("gguf").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as scratch:
-        work = Path(scratch)
-        found = [sample(work, args.tokens), *(stories(args.data, work, args.tokens) if args.data else []), minilm(work)]
-        subjects = [s for s in found if s and (not args.models or any(fnmatch.fnmatch(s.name, p) for p in args.models))]
-        stored = run(subjects, [*ours(tuple(args.ours)), *peers()], args, work)
+        work = args.work or Path(scratch)
+        stored = run(list(_subjects(args, work)), [*ours(tuple(args.ours)), *peers()], args, work)
     text = markdown(stored)
     print(text)
     if args.write:

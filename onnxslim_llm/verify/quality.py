@@ -147,10 +147,10 @@ def evaluate(
 
 
 def evaluate_tokens(
-    model: str | Path | Session,
+    model: str | Path | Session | Predictor,
     ids: Array,
     *,
-    versus: str | Path | Session | None = None,
+    versus: str | Path | Session | Predictor | None = None,
     window: int = 512,
     stride: int | None = None,
     threads: int = 0,
@@ -236,7 +236,9 @@ def _nll(logits: Array, targets: Array) -> Array:
     return result
 
 
-def _runner(model: str | Path | Session, threads: int, window: int) -> Predictor:
+def _runner(model: str | Path | Session | Predictor, threads: int, window: int) -> Predictor:
+    if not isinstance(model, str | Path | Session):
+        return model
     if not isinstance(model, Session) and Path(model).suffix == GGUF_SUFFIX:
         return GgufDecoder(model, context=max(window, _GREEDY_PROMPT + _GREEDY_TOKENS), threads=threads)
     runner = DecoderRunner(model if isinstance(model, Session) else open_session(model, threads=threads))
