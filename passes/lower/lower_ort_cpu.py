@@ -14,6 +14,7 @@ from onnxslim_llm.passes.lower.accuracy_choice import LevelChoice, check_largest
 from onnxslim_llm.passes.lower.activation_rounding import LARGEST_ERROR
 from onnxslim_llm.passes.lower.codes import BlockCall, Constants, take_calls
 from onnxslim_llm.passes.lower.nbits_gather import gather_nbits
+from onnxslim_llm.passes.lower.stored_job import widened
 from onnxslim_llm.passes.lower.stored_nodes import check_own_operators
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.edit import Builder
@@ -44,6 +45,8 @@ class LowerOrtCpu(Pass):
 
     Skips when:
         - the codes are no recorded work, because the model was saved half way: it gets the portable form.
+
+    Codes of 3 bits that the model came with are stored in 4.
 
     Attributes:
         accuracy_level: What activations are rounded to before the product. 4: int8 in blocks, which is what the fast
@@ -85,6 +88,7 @@ class LowerOrtCpu(Pass):
         constants = Constants(model)
         chosen = LevelChoice(self.accuracy_level, self.largest_error, context)
         for call in recorded:
+            call.job = widened(call.job) or call.job
             scheme = call.job.scheme
             if scheme.bits not in _BITS:
                 what = f"{_DOMAIN} has no operators for {scheme.bits}-bit weights"

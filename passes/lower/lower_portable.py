@@ -13,6 +13,7 @@ from onnxslim_llm.errors import CompilerBug, UsageError
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.weights import ViewWeight, dtypes
 from onnxslim_llm.passes.lower.codes import BlockCall, Constants, take_calls
+from onnxslim_llm.passes.lower.stored_job import widened
 from onnxslim_llm.passes.lower.stored_nodes import check_own_operators
 from onnxslim_llm.passes.lower.tables import gather_columns, gather_rows
 from onnxslim_llm.rewrite.context import Context
@@ -66,6 +67,7 @@ class LowerPortable(Pass):
         replaced = {id(node): inline_call(model, node) for node in opaque}
         constants = Constants(model)
         for call in recorded:
+            call.job = widened(call.job) or call.job
             if call.job.scheme.bits not in _BITS:
                 what = f"ai.onnx has no type for {call.job.scheme.bits}-bit weights"
                 raise UsageError(what, where=call.job.where(), todo="choose 2, 4 or 8 bits")

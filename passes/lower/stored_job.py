@@ -11,18 +11,20 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from onnxslim_llm.concepts.block_weights import Accuracy, BlockJob, BlockLayout
+from onnxslim_llm.concepts.packed_weights import PackedBlockJob
 from onnxslim_llm.custom_ops.layout import BlockSpec, Layout, TileBuffers, column_alignment
 from onnxslim_llm.custom_ops.packed import STRIP_COLUMNS
 from onnxslim_llm.custom_ops.packing import pack, unpack
 from onnxslim_llm.ir.weights.jobs import TensorSpec, Tile, TileOutput
-from onnxslim_llm.passes.lower.stored_sources import Columns, RangeSource, StoredSource
+from onnxslim_llm.passes.lower.stored_sources import Columns, RangeSource, StoredSource, WidenedSource
 
-__all__ = ["StoredJob"]
+__all__ = ["StoredJob", "widened"]
 
 Array = NDArray[Any]
 
 #: Part of the fingerprint: raise it when the same source gives other bytes.
 _VERSION = 1
+_NARROW = 3  # the width that no runtime's own operators have
 _TILE_BYTES = 4 << 20  # of codes: unpacking takes several times as much
 
 _SIGNED = {2: TensorProto.INT2, 3: TensorProto.INT4, 4: TensorProto.INT4, 8: TensorProto.INT8}
@@ -129,3 +131,15 @@ class StoredJob(BlockJob):
         stride, width = spec.nbytes // rows, flat.size // rows
         first = stride * tile.start // self.columns
         return [(index, r * stride + first, flat[r * width : (r + 1) * width]) for r in range(rows)]
+
+
+def widened(job: BlockJob) -> BlockJob | None:
+    """Return the work of copying 3-bit codes as 4-bit ones; None where they are yet to be made, or of another width."""
+    if job.scheme.bits != _NARROW:
+        return None
+    if isinstance(job, PackedBlockJob):
+        parts = [part for part in map(widened, job.parts) if part is not None]
+        return PackedBlockJob(parts) if len(parts) == len(job.parts) else None
+    return (
+        StoredJob(WidenedSource(job.source), job.name, job.accuracy, job.layout) if isinstance(job, StoredJob) else None
+    )

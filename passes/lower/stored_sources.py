@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,11 @@ from onnx import TensorProto
 from onnxslim_llm.concepts.block_weights import WeightScheme
 from onnxslim_llm.custom_ops import available, kernels, packed
 from onnxslim_llm.custom_ops.packed import HEADER_BYTES, STRIP_COLUMNS, PackedScheme
+from onnxslim_llm.custom_ops.packing import pack_bits, unpack_bits
 from onnxslim_llm.ir.weights import AliasWeight
 from onnxslim_llm.ir.weights.weight import Weight
 
-__all__ = ["Columns", "NBitsSource", "PackedSource", "RangeSource", "StoredSource"]
+__all__ = ["Columns", "NBitsSource", "PackedSource", "RangeSource", "StoredSource", "WidenedSource"]
 
 Array = NDArray[Any]
 
@@ -212,3 +213,42 @@ class RangeSource(StoredSource):
     def touched(self, first: int, last: int) -> list[tuple[int, int, int]]:
         """Return what `read` looks at."""
         return self.base.touched(self.first + first, self.first + last)
+
+
+class WidenedSource(StoredSource):
+    """Another source's numbers in codes of 4 bits instead of 3, for runtimes that have none of 3.
+
+    Args:
+        base: It.
+    """
+
+    _WIDTH = 4
+
+    def __init__(self, base: StoredSource) -> None:
+        self.base = base
+        self.weights, self.rows, self.columns = base.weights, base.rows, base.columns
+        self.scheme = replace(base.scheme, bits=self._WIDTH)
+
+    @property
+    def alignment(self) -> int:
+        """That of the base."""
+        return self.base.alignment
+
+    @property
+    def described(self) -> str:
+        """Return what the base is."""
+        return f"{self._WIDTH} bits for {self.base.described}"
+
+    def read(self, first: int, last: int) -> Columns:
+        """Return columns: the same scales, and codes as far from their zero points as they were."""
+        found, bits, block = self.base.read(first, last), self.base.scheme.bits, self.scheme.block
+        middle = (1 << self._WIDTH - 1) - (1 << bits - 1) if self.scheme.symmetric else 0
+        codes = pack_bits(unpack_bits(found.codes, bits, block) + np.uint8(middle), self._WIDTH)
+        zeros = found.zero_points
+        if zeros is not None:
+            zeros = pack_bits(unpack_bits(zeros, bits, -(-self.rows // block)), self._WIDTH)
+        return Columns(codes, found.scales, zeros)
+
+    def touched(self, first: int, last: int) -> list[tuple[int, int, int]]:
+        """Return what the base looks at."""
+        return self.base.touched(first, last)

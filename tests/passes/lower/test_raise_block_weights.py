@@ -237,3 +237,21 @@ def test_an_operator_of_ours_that_cannot_be_converted_is_an_error(target: str) -
     goal = get_target(target)
     with pytest.raises(ModelError, match=f"cannot be converted for target '{target}': N = 31, but its weight says 32"):
         Pipeline(goal.lowering).run(graph([node], {"B": weight}), Context(target=goal))
+
+
+@needs_library
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("target", ["ort-cpu", "portable"])
+def test_three_bits_become_four_where_there_is_no_operator_for_them(
+    target: str, symmetric: bool, tmp_path: Path
+) -> None:
+    """A tied table and a product of its own; the numbers stay."""
+    source = model_of(tied(96, 70))
+    quantize = (
+        f"cleanup, quantize_weights{{min_elements=0, bits=3, embedding_bits=3, lm_head_bits=3, symmetric={symmetric}}}"
+    )
+    ours = compiled(
+        source, "ort-cpu-ops", tmp_path / "ours", quantize.replace("=True", "=true").replace("=False", "=false")
+    )
+    wide = compiled(open_model(ours), target, tmp_path / "wide")
+    assert_close(run(wide), run(ours), FLOAT_TOLERANCE)
