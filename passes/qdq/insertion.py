@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from onnxslim_llm.ir.model import Model
-from onnxslim_llm.ir.weights import Weight, weight_of
+from onnxslim_llm.ir.weights import ArrayWeight, Weight, weight_of
 from onnxslim_llm.ir.weights.jobs import derive
 from onnxslim_llm.passes.qdq.channel_job import ChannelJob
 from onnxslim_llm.passes.qdq.codings import Coding, Codings, float_type
@@ -60,12 +60,14 @@ class Insertion:
             if item is None:
                 self._nodes.append(node)
                 continue
-            step = self._step(item)
+            step, operand = self._step(item), self._operand_step(item)
             before = list(node.inputs)
             for i in item.inputs:
                 node.inputs[i] = self._operand(item, node.inputs[i])
             if item.weight is not None:
                 self._weight(item, item.weight, step)
+            elif step is not None and operand is not None:
+                self._bias_of_operand(item, step, operand)
             left += [old for old, new in zip(before, node.inputs, strict=True) if old is not new]
             self._nodes.append(node)
             for i in item.results:
@@ -165,6 +167,22 @@ class Insertion:
         node.inputs[index] = self._weights[job.key]
         if bias is not None and step is not None and item.rule.bias is not None:
             self._store_bias(node, item.rule.bias, bias, scales, step)
+
+    def _operand_step(self, item: QdqNode) -> np.float32 | None:
+        """Return the scale of a constant second operand that is coded like an activation (the scale of a norm)."""
+        if 1 not in item.inputs or constant_of(item.node.inputs[1]) is None:
+            return None
+        return self.codings.read(item, item.node.inputs[1]).scale
+
+    def _bias_of_operand(self, item: QdqNode, step: np.float32, operand: np.float32) -> None:
+        bias = self._bias(item)
+        if bias is None or item.rule.bias is None:
+            return
+        largest = float(np.abs(bias.view().astype(np.float64)).max(initial=0.0))
+        unit = max(float(operand), largest / (float(step) * LARGEST_BIAS))
+        dtype = np.float16 if str(bias.dtype) == "float16" else np.float32
+        scale = ArrayWeight(np.array(unit, dtype))
+        self._store_bias(item.node, item.rule.bias, bias, scale, step)
 
     def _bias(self, item: QdqNode) -> Weight | None:
         index = item.rule.bias

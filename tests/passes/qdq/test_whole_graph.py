@@ -253,3 +253,18 @@ def test_ranges_of_definition_join_with_observed_ones() -> None:
     scale, zero = parameters(producer(node_of(model, "Concat").inputs[0]))
     assert zero == 0
     assert scale == pytest.approx(max(1.0, float(X.max())) / 255, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e6])
+def test_the_bias_of_a_norm_whose_scale_is_coded_like_an_activation(size: float) -> None:
+    rules = QdqRules({"LayerNormalization": QuantizedOp(inputs=(0, 1), bias=2)}, ("uint8", "uint16"))
+    text = "agraph (float[m, 8] x) => (float[m, 8] y) { y = LayerNormalization (x, g, b) }"
+    b = weights(4, 8) * np.float32(size)
+    source = proto(text, g=np.abs(weights(3, 8)), b=b)
+    model, _, _ = quantized(source, {"x": X}, target=with_rules(rules), activations="uint16")
+    dequantize = producer(node_of(model, "LayerNormalization").inputs[2])
+    codes = value(dequantize.inputs[0])
+    assert codes.dtype == np.int32
+    assert np.abs(codes.astype(np.int64)).max() <= 2**30
+    np.testing.assert_allclose(codes * float(value(dequantize.inputs[1])), b, rtol=1e-4)
+    assert closeness(run(model, {"x": X})["y"], run(source, {"x": X})["y"]) < FINE
