@@ -27,6 +27,7 @@ def compiled(folder: Path, target: str, bits: int, block: int, symmetric: bool) 
     recipe = recipe.with_settings(
         [f"quantize_weights.{name}={value}" for name, value in (("bits", bits), ("block", block))]
         + [f"quantize_weights.symmetric={str(symmetric).lower()}", "quantize_weights.sensitive=[]"]
+        + ["quantize_weights.target_bits=0"]
     )
     return osl.compile(SAMPLE, folder, target=target, recipe=recipe).path
 
