@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim_llm.passes.quantize.fold_sites import Constants, FoldSite
+from onnxslim_llm.passes.quantize.fold_sites import FoldSite
+from onnxslim_llm.passes.quantize.owned_weights import Constants
 from onnxslim_llm.passes.quantize.transform_job import Scale
 from onnxslim_llm.stats.transforms import Scaled
 

@@ -7,8 +7,7 @@ make the values of an attention. Told from the flow of data; names are never rea
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,14 +17,9 @@ from numpy.typing import NDArray
 
 from onnxslim_llm.concepts.attention import attention_form, is_attention
 from onnxslim_llm.concepts.normalization import RMS_NORM
-from onnxslim_llm.ir.ownership import is_overridable
-from onnxslim_llm.ir.weights import constant, weight_of
-from onnxslim_llm.ir.weights.sparse import SparseWeight
-from onnxslim_llm.ir.weights.weight import Weight
-from onnxslim_llm.passes.quantize.transform_job import Step, transformed
-from onnxslim_llm.products.reads import k_axis_of, product_reason, read_weight
+from onnxslim_llm.passes.quantize.owned_weights import Constants, Product
+from onnxslim_llm.products.reads import read_weight
 from onnxslim_llm.rewrite.constants import constant_tensor
-from onnxslim_llm.rewrite.engine import graph_output_ids
 from onnxslim_llm.rewrite.facts import rank_of
 from onnxslim_llm.rewrite.schema import normal_domain
 
@@ -33,53 +27,13 @@ if TYPE_CHECKING:
     from onnxslim_llm.ir.model import Model
     from onnxslim_llm.rewrite.passes import Change
 
-__all__ = ["Constants", "FoldSite", "Maker", "Product", "find_fold_sites", "norm_vectors"]
+__all__ = ["FoldSite", "Maker", "find_fold_sites", "norm_vectors"]
 
 Array = NDArray[Any]
 Kind = Literal["norm", "product", "values"]
 
-_FLOATS = ("float32", "float16", "bfloat16")
 _WATCHERS = frozenset({"Shape", "Size"})
 _BIAS = 2
-
-
-@dataclass(frozen=True)
-class Product:
-    """A MatMul or Gemm with a matrix of weights that nothing else reads.
-
-    Attributes:
-        node: The product.
-        constant: The weight.
-        k_axis: The axis of the stored weight that is summed over.
-    """
-
-    node: gs.Node
-    constant: gs.Constant
-    k_axis: int
-
-    @property
-    def name(self) -> str:
-        """Name of the weight."""
-        return str(self.constant.name)
-
-    @property
-    def weight(self) -> Weight:
-        """The weight as it is now."""
-        return weight_of(self.constant)
-
-    @property
-    def rows(self) -> int:
-        """K."""
-        return int(self.weight.shape[self.k_axis])
-
-    @property
-    def columns(self) -> int:
-        """N."""
-        return int(self.weight.shape[1 - self.k_axis])
-
-    def change(self, *steps: Step) -> None:
-        """Record work on the weight."""
-        self.constant.values = transformed(self.weight, self.name, *steps)
 
 
 @dataclass(frozen=True)
@@ -118,69 +72,6 @@ class FoldSite:
     channels: Array
     mixable: bool = False
     cache: str = ""
-
-
-class Constants:
-    """Which constants belong to one reader alone."""
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self.outputs = graph_output_ids(model)
-        self._uses: Counter[Hashable] = Counter(weight_of(c).storage_key for c in model.constants())
-
-    def product(self, node: gs.Node) -> Product | str:
-        """Return the product that `node` is, or why its weight cannot be changed; an empty string if it is none."""
-        if normal_domain(node.domain) != "" or node.op not in ("MatMul", "Gemm") or len(node.inputs) < 2:
-            return ""
-        read = read_weight(node.inputs[1])
-        if read is None:
-            return ""
-        weight = weight_of(read.constant)
-        reason = product_reason(node, weight) or self.matrix_reason(read.constant)
-        if read.in_node:
-            reason = "its weight lies in a Constant node: clean the model up first"
-        if len(weight.shape) != 2 or not self._alone(node.inputs[1], node):
-            reason = reason or f"'{read.constant.name}' is used elsewhere, too"
-        return reason or Product(node, read.constant, k_axis_of(node, read.transposed))
-
-    def matrix_reason(self, tensor: gs.Constant) -> str:
-        """Return why a weight cannot be changed, or nothing."""
-        weight = weight_of(tensor)
-        if is_overridable(tensor) or id(tensor) in self.outputs:
-            return f"'{tensor.name}' is an input or output of the model"
-        if isinstance(weight, SparseWeight) or str(weight.dtype) not in _FLOATS:
-            return f"'{tensor.name}' is no dense float weight"
-        if self._uses[weight.storage_key] > 1:
-            return f"'{tensor.name}' is stored once for several uses"
-        return ""
-
-    def _alone(self, tensor: gs.Tensor, reader: gs.Node) -> bool:
-        """Return whether `reader` is all that reads a weight, through whatever carries it."""
-        while True:
-            if len(tensor.outputs) != 1 or tensor.outputs[0] is not reader or id(tensor) in self.outputs:
-                return False
-            if isinstance(tensor, gs.Constant):
-                return sum(t is tensor for t in reader.inputs) == 1
-            reader = tensor.inputs[0]
-            tensor = reader.inputs[0]
-
-    def is_vector(self, tensor: gs.Tensor, size: int) -> bool:
-        """Return whether a tensor is a constant float vector of `size` elements that may be replaced."""
-        if not isinstance(tensor, gs.Constant) or is_overridable(tensor):
-            return False
-        weight = weight_of(tensor)
-        shape = weight.shape
-        flat = bool(shape) and shape[-1] == size == weight.size
-        return flat and str(weight.dtype) in _FLOATS and not isinstance(weight, SparseWeight)
-
-    def change(self, node: gs.Node, index: int, *steps: Step) -> None:
-        """Record work on a constant that `node` reads; one with other readers is copied first."""
-        tensor = node.inputs[index]
-        weight = transformed(weight_of(tensor), tensor.name, *steps)
-        if len(tensor.outputs) == 1 and id(tensor) not in self.outputs:
-            tensor.values = weight
-        else:
-            node.inputs[index] = constant(self.model.fresh_name(f"{tensor.name}_changed"), weight)
 
 
 def find_fold_sites(model: Model, change: Change) -> list[FoldSite]:

@@ -14,8 +14,9 @@ from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.passes.quantize.columns import columns_of
 from onnxslim_llm.passes.quantize.fold_rotation import RotationFold
-from onnxslim_llm.passes.quantize.fold_sites import Constants, find_fold_sites
+from onnxslim_llm.passes.quantize.fold_sites import find_fold_sites
 from onnxslim_llm.passes.quantize.following import following_quantizer
+from onnxslim_llm.passes.quantize.owned_weights import Constants
 from onnxslim_llm.passes.quantize.residual_stream import (
     ResidualStream,
     Stuck,

@@ -10,7 +10,8 @@ import numpy as np
 from onnxslim_llm.concepts.block_weights import WeightScheme
 from onnxslim_llm.ir.weights.weight import Weight
 from onnxslim_llm.passes.quantize.columns import columns_of
-from onnxslim_llm.passes.quantize.fold_sites import Constants, FoldSite, Product
+from onnxslim_llm.passes.quantize.fold_sites import FoldSite
+from onnxslim_llm.passes.quantize.owned_weights import Constants, Product
 from onnxslim_llm.passes.quantize.rotation import Rotated, Rotation
 from onnxslim_llm.passes.quantize.transform_job import Rotate, transformed
 from onnxslim_llm.passes.quantize.trial import held_error, lost
