@@ -2,7 +2,7 @@
 
     python benchmarks/end_to_end/compare.py --folder models --shapes tinyllama-1.1b,llama-3.2-1b --out end_to_end.jsonl
 
-Writes random decoders of published sizes (once; some 8 GB each), compiles them, and measures prefill and decode, each
+Writes random decoders of published sizes (once; some 6 GB each), compiles them, and measures prefill and decode, each
 contestant in a process of its own that waits while others run. Ratios are of medians of interleaved rounds; a round has
 one prompt and one short generation of every contestant. Weights take 4 bits and a scale for 32 everywhere, embedding
 and classifier included.

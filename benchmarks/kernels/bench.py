@@ -1,6 +1,6 @@
 """Times our products beside ONNX Runtime's and llama.cpp's, and beside what the machine can do.
 
-    python benchmarks/kernels/bench.py --out table.jsonl                        # all of the table, two hours
+    python benchmarks/kernels/bench.py --out table.jsonl                        # all of the table, 75 minutes
     python benchmarks/kernels/bench.py --shapes 2048x8192 --rows 1,16,256 --budget 0.5
     python benchmarks/kernels/bench.py --markdown table.jsonl                   # measures nothing, prints tables
 
