@@ -80,9 +80,9 @@ def _check(model: Path, only: tuple[str, ...], shape: str, seconds: int, every_f
     reports = []
     for report in checker.run(chosen, every_form=every_form):
         reports.append(report)
-        if output.live:
+        if output.live and not output.json:
             output.note(f"{report.consumer}: {report.status}")
-    for note in checker.notes:
+    for note in checker.notes if not output.json else ():
         output.note(note)
     rows = [[known[r.consumer].title, r.form or "", r.status, _figure(r.max_abs), _why(asdict(r))] for r in reports]
     data = {"model": str(model), "notes": checker.notes, "reports": [asdict(report) for report in reports]}
@@ -105,7 +105,6 @@ def _lint(model: Path, name: str | None, shape: str, output: Output) -> None:
     from onnxslim_llm.errors import UsageError
     from onnxslim_llm.ir.model import open_model
     from onnxslim_llm.ir.shapes import infer_shapes
-    from onnxslim_llm.report.tables import plain_table
     from onnxslim_llm.rewrite.pipeline import Pipeline
     from onnxslim_llm.targets import get_target
 
@@ -118,10 +117,10 @@ def _lint(model: Path, name: str | None, shape: str, output: Output) -> None:
         Pipeline(f'fix_shapes{{sizes="{shape}"}}').run(opened)
     infer_shapes(opened)
     found = target.lint(opened)
-    rows = [[violation.where, violation.rule, violation.fix] for violation in found]
     data = {"model": str(model), "target": target.name, "violations": [asdict(violation) for violation in found]}
     if found:
-        output.result(data, plain_table(["=where", "rule", "fix"], rows))
+        lines = [f"{violation.where}\n  {violation.rule}\n  to do: {violation.fix}" for violation in found]
+        output.result(data, "\n".join(lines))
         raise click.exceptions.Exit(_EXIT_GATE)
     output.result(data, f"target {target.name} accepts the model")
 

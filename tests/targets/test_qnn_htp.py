@@ -1,0 +1,146 @@
+"""The real compiler and simulator where they are installed; what is said about them everywhere."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import onnxslim_llm as osl
+from onnxslim_llm.errors import ResourceError, UsageError
+from onnxslim_llm.ir.model import from_proto
+from onnxslim_llm.ir.shapes import infer_shapes
+from onnxslim_llm.targets import get_target
+from onnxslim_llm.targets.base import VendorError
+from onnxslim_llm.targets.qnn_htp import CONTEXT_NAME, PLACEMENT_NAME, QNN_HTP, refused_nodes
+
+SHAPE = "batch=1,seq=8,past=0,total=8"
+#: Of a decoder's outputs to those in float32: published for 16-bit activations; 0.99993 was measured on the sample.
+COSINE_16 = 0.999
+there, why = QNN_HTP.installed()
+needs_qnn = pytest.mark.skipif(not there, reason=why)
+
+
+@pytest.fixture(scope="module")
+def small_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from reference_decoder import DecoderSpec, write
+
+    folder = tmp_path_factory.mktemp("decoder")
+    return write(DecoderSpec(layers=1, hidden=32, heads=2, kv_heads=1, ffn=64, vocab=64), folder / "model.onnx")
+
+
+def linted(text: str) -> list[tuple[str, str, str]]:
+    model = from_proto(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]> {text}'))
+    infer_shapes(model)
+    return [(v.where, v.rule, v.fix) for v in QNN_HTP.lint(model)]
+
+
+def test_an_operator_that_it_lacks_has_a_nearest_form() -> None:
+    ((where, rule, fix),) = linted("g (float[2] x) => (float[2] y) { y = Erf (x) }")
+    assert where == "Erf 'y'"
+    assert rule == "HTP has no Erf"
+    assert "Gelu" in fix
+
+
+def test_sizes_must_be_fixed() -> None:
+    ((where, rule, fix),) = linted("g (float[n] x) => (float[n] y) { y = Relu (x) }")
+    assert where == "input 'x', axis 0"
+    assert rule == "the size 'n' is not fixed"
+    assert fix.startswith("--shape n=")
+
+
+def test_masks_must_be_moderate() -> None:
+    found = linted("g (float[2] x) => (float[2] y) <float[2] mask = {0, -3.4e38}> { y = Add (x, mask) }")
+    assert [where for where, _, _ in found] == ["Add 'y'"]
+    assert "legalize_masks" in found[0][2]
+
+
+def test_options() -> None:
+    other = QNN_HTP.with_options({"htp_arch": "73", "seconds": "60"})
+    assert other.provider_options["htp_arch"] == "73"  # type: ignore[attr-defined]
+    assert other.seconds == 60  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match="no option 'arch'"):
+        QNN_HTP.with_options({"arch": "73"})
+    with pytest.raises(UsageError, match="no number of seconds"):
+        QNN_HTP.with_options({"seconds": "soon"})
+    with pytest.raises(UsageError, match="no option 'htp_arch'"):
+        get_target("portable").with_options({"htp_arch": "73"})
+
+
+def test_the_vendor_package_is_missing(small_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = replace(QNN_HTP, package="no-such-package-1")
+    with pytest.raises(ResourceError) as caught:
+        missing.require()
+    assert caught.value.exit_code == 5
+    assert caught.value.todo == 'pip install "onnxslim-llm[qnn]"'
+
+
+def test_the_size_that_is_missing_is_named(small_decoder: Path, tmp_path: Path) -> None:
+    if not there:
+        pytest.skip(why)
+    with pytest.raises(UsageError) as caught:
+        osl.compile(small_decoder, tmp_path / "out", target="qnn-htp", shape="batch=1,seq=8,total=8")
+    assert "needs fixed sizes, and 'past" in caught.value.what
+    assert caught.value.todo.startswith("--shape past")
+    assert not (tmp_path / "out").exists()
+
+
+def test_reasons_are_read_from_the_log() -> None:
+    log = (
+        "Validation FAILED for 3 nodes in OrtNodeUnit (Erf) :\n\tREASON : Operators of type `Erf` are not supported\n"
+        "QNN.backendValidateOpConfig() failed for node `n2` of type `RmsNorm` with error code 3110\n"
+        "Unsupported nodes in QNN EP: { name: n1, type: Erf }{ name: n2, type: RMSNormalization }\n"
+    )
+    assert refused_nodes(log) == [
+        "Erf 'n1' (Operators of type `Erf` are not supported)",
+        "RMSNormalization 'n2' (its types or shapes are not supported, error 3110)",
+    ]
+
+
+@pytest.mark.runtimes
+@needs_qnn
+def test_every_node_is_on_the_npu(small_decoder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "tokens.jsonl"  # every token of the vocabulary is seen, often
+    data.write_text(json.dumps({"tokens": np.random.default_rng(0).integers(0, 64, 1024).tolist()}))
+    result = osl.compile(small_decoder, tmp_path / "out", target="qnn-htp", recipe="w8a16", shape=SHAPE, calib=data)
+    names = {file.path for file in result.manifest.artifact.files}
+    assert {CONTEXT_NAME, PLACEMENT_NAME} < names
+    placement = json.loads((result.path / PLACEMENT_NAME).read_text())["nodes"]
+    assert set(placement) == {"NPU"}
+    assert len(placement["NPU"]) > 20
+    assert result.manifest.verify is not None
+    assert (result.manifest.verify.cosine or 0) >= COSINE_16
+    got = QNN_HTP.open(result.path / "model.onnx").inputs
+    assert [list(info.shape or ()) for info in got if info.name == "input_ids"] == [[1, 8]]
+
+
+@pytest.mark.runtimes
+@needs_qnn
+def test_nodes_for_the_cpu_fail_the_compile(tmp_path: Path) -> None:
+    source = tmp_path / "erf.onnx"
+    text = (
+        '<ir_version: 10, opset_import: ["" : 17]> g (float[1, 8] x) => (float[1, 8] y) { e = Erf (x) y = Add (e, x) }'
+    )
+    onnx.save(onnx.parser.parse_model(text), source)
+    data = tmp_path / "data.npz"
+    np.savez(data, x=np.linspace(-3, 3, 8, dtype=np.float32)[None])
+    with pytest.raises(VendorError) as caught:
+        osl.compile(source, tmp_path / "out", target="qnn-htp", recipe="w8a16", calib=data, force=True)
+    assert caught.value.exit_code == 4
+    assert "Erf" in caught.value.what
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.failed.log").stat().st_size > 0
+
+
+@pytest.mark.runtimes
+@needs_qnn
+def test_a_compiler_that_takes_too_long_is_ended(small_decoder: Path, tmp_path: Path) -> None:
+    impatient = replace(QNN_HTP, seconds=0.01)
+    with pytest.raises(VendorError, match=r"timed out after 0.01 s.*nothing was published") as caught:
+        impatient.finish(small_decoder)
+    assert "seconds=N" in caught.value.todo
+    assert not (small_decoder.parent / CONTEXT_NAME).exists()
