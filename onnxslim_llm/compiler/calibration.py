@@ -28,12 +28,10 @@ if TYPE_CHECKING:
     from onnxslim_llm.runtime.session import Session
     from onnxslim_llm.stats.statistics import Statistics
 
-__all__ = ["RANDOM", "SELF", "Calibrator", "written_by"]
+__all__ = ["SELF", "Calibrator", "written_by"]
 
 #: Instead of a file: text that the model itself writes.
 SELF = "self"
-#: Random tokens, for passes that make do with them: any input tells large channels from small ones.
-RANDOM = "random"
 
 #: Tokens that statistics are collected on: enough for inputs of some thousands of channels.
 TOKENS = 32_768
@@ -42,8 +40,6 @@ WINDOW = 512
 #: The model writes fewer: each costs a step of its own, though many rows are written at once.
 SELF_TOKENS = 16_384
 _SELF_ROWS = 32
-#: Random tokens are of little use for the finer moments, and a plain run of a large model takes its time.
-RANDOM_TOKENS = 8192
 #: From this size of the weights on, a step takes a second or so: then shorter rows, fewer tokens.
 _LARGE_BYTES, _LARGE_WINDOW, _LARGE_TOKENS = 1 << 30, 128, 4096
 
@@ -56,7 +52,7 @@ class Calibrator:
 
     Attributes:
         source: The .onnx file.
-        data: --calib: a file or folder, `SELF`, `RANDOM`, or None.
+        data: --calib: a file or folder, `SELF`, or None.
         folder: Where statistics lie while the compile needs them.
         threads: Of the runtime.
         progress: Told about the runs.
@@ -101,8 +97,8 @@ class Calibrator:
     def wanted_by(self, passes: Iterable[Pass]) -> Statistics | None:
         """Return the statistics if one of the passes works from them, with gains if one wants these."""
         steps = [step for step in passes if step.wants_statistics]
-        if steps and self.data is None and all(step.takes_random_tokens for step in steps):
-            return self._of_random_tokens(steps)
+        if steps and self.data is None and all(step.takes_own_text for step in steps):
+            return self._of_own_text(steps)
         statistics = self.statistics() if steps else None
         if statistics is None or statistics.gains or not any(step.wants_gains for step in steps):
             return statistics
@@ -120,13 +116,13 @@ class Calibrator:
         self._statistics = replace(statistics, gains=gains)
         return self._statistics
 
-    def _of_random_tokens(self, steps: list[Pass]) -> Statistics | None:
-        """Return statistics of random tokens; None, with a note, for what is no decoder or does not run."""
+    def _of_own_text(self, steps: list[Pass]) -> Statistics | None:
+        """Return statistics of text that the model writes; None, with a note, where it does not run or is no decoder."""
         try:
-            self.data = Path(RANDOM)
+            self.data = Path(SELF)
             return self.wanted_by(steps)
         except SlimError as error:
-            self.notes.append(f"no random tokens could be run through the model ({error.what}): weights are searched")
+            self.notes.append(f"the model could not write a text to learn from ({error.what}): weights are searched")
             return None
         finally:
             self.data = None
@@ -185,8 +181,6 @@ class Calibrator:
         assert self.data is not None
         signature, why = find_decoder(session)
         itself = str(self.data) == SELF
-        if str(self.data) == RANDOM and not self.data.exists():
-            return self._random(DecoderRunner(session, signature))
         if not itself and not self.data.exists():
             todo = "check the path after --calib"
             raise UsageError("there is no such calibration file", where=str(self.data), todo=todo)
@@ -207,13 +201,6 @@ class Calibrator:
         calibration = TokenCalibration.checked(self._read(files)[:TOKENS], window, runner.vocab, runner.arrays)
         self._look_at(calibration, runner)
         return calibration
-
-    def _random(self, runner: DecoderRunner) -> Calibration:
-        context = SideFiles.of(self.source.parent).context_length
-        window = min(WINDOW, runner.signature.length or WINDOW, context or WINDOW)
-        total = _LARGE_TOKENS if _model_bytes(self.source) > _LARGE_BYTES else RANDOM_TOKENS
-        tokens = np.random.default_rng(0).integers(0, runner.vocab, total)
-        return TokenCalibration.checked(tokens, window, runner.vocab, runner.arrays)
 
     def _written(self, runner: DecoderRunner, window: int, total: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Return what the model writes; an interrupted compile that goes on finds it in its folder."""

@@ -90,8 +90,8 @@ class Pass(ABC):
         return False
 
     @property
-    def takes_random_tokens(self) -> bool:
-        """Whether, without data, statistics of random tokens will do, and none where the model does not run."""
+    def takes_own_text(self) -> bool:
+        """Whether, without data, text that the model writes will do, and nothing where it does not run."""
         return False
 
     @property

@@ -77,8 +77,8 @@ class QuantizeWeights(Pass):
         method: "rtn" takes each block's range; "search" looks for the scale with the least squared error; "hqq" for
             that with the least sum of |error|^(1/2), by half-quadratic splitting: it gives up large weights for the
             others; "calibrated" takes the coding of each column that is best on samples of the calibration data that
-            were held out; "probed" is "calibrated" with the data that are given, with random tokens if none are, and
-            "search" where the model cannot be run on them.
+            were held out; "probed" is "calibrated" with the data that are given, or with text that the model writes
+            itself, and "search" where it cannot be run.
         embedding_bits: Bits of embedding tables; 0 leaves them alone. A table that is also the classifier's weight gets
             the larger of `embedding_bits` and `lm_head_bits`, or is left alone if either is 0.
         lm_head_bits: Bits of the product that makes the logits; 0 leaves it alone.
@@ -161,7 +161,7 @@ class QuantizeWeights(Pass):
         return bool({"calibrated", "probed"} & self._methods)
 
     @property
-    def takes_random_tokens(self) -> bool:
+    def takes_own_text(self) -> bool:
         """Whether no method insists on calibration data."""
         return self.wants_statistics and "calibrated" not in self._methods
 

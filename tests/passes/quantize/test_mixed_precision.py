@@ -119,3 +119,22 @@ def test_gains_are_measured_once(context: Context, tmp_path: Path) -> None:
     data = TensorCalibration(tuple(_feeds(seed) for seed in range(5)))
     again = measure_gains(tmp_path / "missing.onnx", data, context.statistics)
     assert again == context.statistics.gains
+
+
+def test_probing_makes_do_without_data() -> None:
+    step = QuantizeWeights(method="probed", target_bits=4.6)
+    assert step.wants_statistics
+    assert step.takes_own_text
+    assert step.wants_gains
+    assert not QuantizeWeights(method="calibrated").takes_own_text
+    mixed = QuantizeWeights(method="probed", scopes=({"match": "x", "method": "calibrated"},))
+    assert not mixed.takes_own_text
+    _, change = _run(Context(target=get_target("portable")), method="probed", target_bits=4.6)
+    assert change.detail["bits_per_weight"] <= 4.6
+
+
+def test_probing_uses_statistics_that_are_there(context: Context) -> None:
+    options = {"target_bits": 4.6}
+    probed, _ = _run(context, method="probed", **options)
+    calibrated, _ = _run(context, method="calibrated", **options)
+    assert probed.SerializeToString(deterministic=True) == calibrated.SerializeToString(deterministic=True)
