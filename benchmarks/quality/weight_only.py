@@ -78,12 +78,14 @@ def measure(
     """Compile with one setting and compare with the source."""
     target = get_target(target_name)
     source = open_model(model)
-    Pipeline("cleanup").run(source)
+    quantize = Pipeline(f"quantize_weights{{{setting}}}")
+    # One context for all: cleaning up ties weights, and the statistics of the tied one follow.
+    context = Context(target=target, statistics=calibrator.wanted_by(quantize.passes))
+    Pipeline("cleanup").run(source, context)
     distinct = source.weight_bytes()
     with tempfile.TemporaryDirectory() as folder:
-        for steps in (f"quantize_weights{{{setting}}}", target.lowering):
-            pipeline = Pipeline(steps)
-            pipeline.run(source, Context(target=target, statistics=calibrator.wanted_by(pipeline.passes)))
+        for pipeline in (quantize, Pipeline(target.lowering)):
+            pipeline.run(source, context)
         artifact = Path(folder) / "model.onnx"
         size = save_model(source, artifact, SaveOptions(jobs=2)).bytes
         quality = evaluate(

@@ -117,7 +117,7 @@ class Calibrator:
         return self._statistics
 
     def _of_own_text(self, steps: list[Pass]) -> Statistics | None:
-        """Return statistics of text that the model writes; None, with a note, where it does not run or is no decoder."""
+        """Return statistics of text that the model writes; None, with a note, for what does not run or decode."""
         try:
             self.data = Path(SELF)
             return self.wanted_by(steps)
