@@ -6,24 +6,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 import pytest
+from fusion_checks import run_all
 from transformer_models import HEADS, KV_HEADS, SIZE, VOCAB, Habits, assert_same_logits, ids, statistics_of, transformer
 
 from onnxslim_llm.errors import UsageError
-from onnxslim_llm.ir.model import Model
+from onnxslim_llm.ir.model import Model, open_model
 from onnxslim_llm.ir.weights import constant, weight_of
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.passes.quantize.residual_stream import Stuck, find_residual_stream
 from onnxslim_llm.passes.quantize.rotate_residual import RotateResidual
 from onnxslim_llm.passes.quantize.rotation_gain import relative_errors
 from onnxslim_llm.passes.quantize.trial import quickly_coded
+from onnxslim_llm.recipe import Recipe
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.edit import Builder, redirect
 from onnxslim_llm.rewrite.passes import Change
 from onnxslim_llm.rewrite.pipeline import PassRecord, Pipeline
+from onnxslim_llm.runtime.decoder import DecoderRunner
+from onnxslim_llm.runtime.session import open_session
 
 Array = np.ndarray[Any, Any]
+
+#: What a rotation may change in a logit (of magnitude 20 or so): far below what quantizing changes.
+LARGEST_DIFFERENCE = 1e-3
 
 EVERY = [
     Habits(),
@@ -375,3 +383,16 @@ def test_few_bits_have_to_hold_the_added_products(method: Any, done: bool, tmp_p
     assert [skip.reason for skip in change.skipped] == (
         [] if done else ["quantize_weights would round the added products by the rotation itself"]
     )
+
+
+def test_the_sample_model_keeps_its_logits(sample_dir: Path) -> None:
+    model = open_model(sample_dir / "model.onnx")
+    Pipeline(Recipe.load("safe").build()).run(model)
+    change = _rotated(model)
+    assert change.detail["tied"] == "multiply"
+    assert len(change.sites) == 6
+    tokens = np.random.default_rng(0).integers(0, 2048, (2, 33))
+    feeds = DecoderRunner(open_session(sample_dir / "model.onnx", threads=1)).arrays(tokens)
+    logits = [run_all(proto, feeds)["logits"] for proto in (onnx.load(sample_dir / "model.onnx"), model.to_proto())]
+    assert np.abs(logits[0]).max() > 5
+    assert np.abs(logits[0] - logits[1]).max() < LARGEST_DIFFERENCE
