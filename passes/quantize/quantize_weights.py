@@ -186,7 +186,9 @@ class QuantizeWeights(Pass):
             convert_opset(model, opset)
             follow_opset(model)
             change = Change(detail={"converted_to_opset": opset})
-            chosen = self._choose(model, change, context)
+            known = {(group.name, group.k_axis): (scheme, account) for group, scheme, account in chosen}
+            groups = [demand.group for demand in self._demands(model, change, context)]
+            chosen = [(group, *known[group.name, group.k_axis]) for group in groups]
         model.graph.ir_version = max(model.graph.ir_version or 0, ir_version)
         Replacement(model, change, context.statistics).replace(chosen)
         return change
@@ -196,7 +198,7 @@ class QuantizeWeights(Pass):
         infer_shapes(model)
         return {group.name: scheme for group, scheme, _ in self._choose(model, Change(), context)}
 
-    def _choose(self, model: Model, change: Change, context: Context) -> list[Chosen]:
+    def _demands(self, model: Model, change: Change, context: Context) -> list[Demand]:
         exclude = compile_patterns(self.exclude, self.name)
         demands = []
         for group in find_groups(model, change):
@@ -213,6 +215,10 @@ class QuantizeWeights(Pass):
             else:
                 free = (scoped.bits, scoped.block) == (settings.bits, settings.block) and self.target_bits > 0
                 demands.append(Demand(group, self._schemes(group, scoped, context, free=free)))
+        return demands
+
+    def _choose(self, model: Model, change: Change, context: Context) -> list[Chosen]:
+        demands = self._demands(model, change, context)
         if not self.target_bits:
             return [(demand.group, demand.schemes[0], {}) for demand in demands]
         known = context.statistics if self.wants_statistics else None
