@@ -132,3 +132,10 @@ def test_a_decoder_in_8_bits_is_close_to_itself(sample_dir: Path, tmp_path: Path
     assert verify.cosine >= COSINE
     record = next(p for p in result.manifest.passes if p.name == "quantize_activations")
     assert record.detail["operators"]["MatMul"] > 15
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-dynamic", "w4a16"])
+def test_inspection_says_what_comes_before_the_data(layers: Path, recipe: str) -> None:
+    found = compiler.inspect(layers, recipe=recipe, target="ort-cpu")
+    assert found.recipe == recipe
+    assert "quantize_activations" not in {site.name for site in found.sites}
