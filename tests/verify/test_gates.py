@@ -88,3 +88,12 @@ def test_parse_suggests_a_figure() -> None:
     with pytest.raises(UsageError) as caught:
         parse_gate("kl_meen <= 1")
     assert "kl_mean" in caught.value.todo
+
+
+def test_8_bit_activations_have_gates_of_their_own() -> None:
+    (_, decoder) = default_gates("w8a8", decoder=True, parameters=10**9)
+    (_, other) = default_gates("w8a8", decoder=False)
+    assert (decoder.figure, decoder.limit) == ("kl_mean", 0.05)
+    # A noise of -17 dB that is independent of the signal leaves a cosine of 0.99.
+    assert other.figure == "sqnr_db"
+    assert 1 / (1 + 10 ** (-other.limit / 10)) ** 0.5 == pytest.approx(0.99, abs=5e-4)
