@@ -80,7 +80,7 @@ CONSUMERS: tuple[Consumer, ...] = (
     Consumer("ncnn", "ncnn (pnnx)", ("ncnn", "pnnx"), "ncnn", forms=("source", "primitive", "unpadded")),
     Consumer(
         *("litert", "LiteRT (onnx2tf)", ("onnx2tf", "ai-edge-litert"), "litert"),
-        forms=("source", "primitive", "unpadded"),
+        forms=("primitive", "unpadded", "source"),  # onnx2tf takes minutes for what exporters write
         python="ONNXSLIM_LLM_LITERT_PYTHON",
     ),
     Consumer(*("genai", "onnxruntime-genai", ("onnxruntime-genai",), "genai"), forms=("folder",), decoders_only=True),

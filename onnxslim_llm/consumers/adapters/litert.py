@@ -39,20 +39,8 @@ def run(model: Path, feeds: Mapping[str, Any], folder: Path, outputs: Sequence[s
     except (Exception, SystemExit) as error:
         raise RefusalError(f"onnx2tf: {str(error)[:200]}", find_unsupported(str(error), _NO_OPERATOR)) from error
     interpreter = Interpreter(model_path=str(written / "model_float32.tflite"))
-    interpreter.allocate_tensors()
-    for detail in interpreter.get_input_details():
-        name = _named(detail["name"], names)
-        interpreter.set_tensor(detail["index"], feeds[name].astype(detail["dtype"]).reshape(detail["shape"]))
-    interpreter.invoke()
-    found = {
-        detail["name"]: np.array(interpreter.get_tensor(detail["index"])) for detail in interpreter.get_output_details()
-    }
-    if len(outputs) == 1 and len(found) == 1:
-        return {outputs[0]: next(iter(found.values()))}
-    return {name: found[_named(name, list(found))] for name in outputs}
-
-
-def _named(name: str, among: Sequence[str]) -> str:
-    """Signatures add a prefix or a number to names."""
-    plain = name.replace("serving_default_", "").split(":")[0]
-    return next((other for other in among if other == plain or other.split(":")[0] == plain), among[0])
+    # A file's tensors are called Identity or PartitionedCall:0; its signature has the model's own names.
+    signature = interpreter.get_signature_runner()
+    taken = {name: feeds[name].astype(detail["dtype"]) for name, detail in signature.get_input_details().items()}
+    results = signature(**taken)
+    return {name: np.array(results[name]) for name in outputs}
