@@ -212,10 +212,9 @@ def _nncf_weights(options: dict[str, Any], subject: Subject, folder: Path) -> Pa
     given = {**options, "mode": nncf.CompressWeightsMode[options["mode"]]}
     if options.keys() & {"awq", "scale_estimation"}:
         given["dataset"] = nncf.Dataset(subject.samples)
-    if "group_size" in options:
-        mode = nncf.parameters.GroupSizeFallbackMode if hasattr(nncf.parameters, "GroupSizeFallbackMode") else None
-        if mode is not None:
-            given["advanced_parameters"] = nncf.AdvancedCompressionParameters(group_size_fallback_mode=mode.ADJUST)
+    if "group_size" in options:  # rows of some models are no multiple of any usual group
+        adjust = nncf.GroupSizeFallbackMode.ADJUST
+        given["advanced_parameters"] = nncf.AdvancedCompressionParameters(group_size_fallback_mode=adjust)
     out = folder / "model.onnx"
     onnx.save(nncf.compress_weights(_opset_21(onnx.load(subject.model)), **given), out)
     return out
