@@ -58,8 +58,8 @@ class CorrectBiases(Pass):
         - its codes are no recorded work of one weight: stored already, packed with others, or in two planes.
 
     Attributes:
-        add: Add a bias where there is none. It costs a node and an addition of [N] for each token: about a hundredth of
-            the time of a small product.
+        add: Add a bias where there is none: N floats, 8 / K of the bytes of 4-bit codes, and an addition of [N] for
+            each token, which is a node of its own where the target's product takes no bias.
         min_gain: Share by which the error on the held-out samples must fall for that.
     """
 

@@ -24,7 +24,7 @@ from onnxslim_llm.rewrite.schema import normal_domain
 if TYPE_CHECKING:
     from onnxslim_llm.ir.model import Model
 
-__all__ = ["NormRead", "ResidualStream", "Stuck", "find_residual_stream"]
+__all__ = ["NormRead", "ResidualStream", "Stuck", "find_residual_stream", "is_uniform"]
 
 _WATCHERS = frozenset({"Shape", "Size"})
 _FLOAT_CASTS = (1, 10, 11, 16)
