@@ -55,8 +55,8 @@ FORMS = (
 )
 #: Columns that forms are tried on.
 _COLUMNS = 256
-#: KL divergence in nats that a relative error of `_PRIOR_ERROR` in the weights of one role makes: about the middle of what
-#: was measured on Llamas of 4.5 M, 1 M and 0.26 M parameters, where that of a classifier went from 0.004 to 0.1.
+#: KL divergence in nats that a relative error of `_PRIOR_ERROR` in the weights of one role makes: about the middle of
+#: what was measured on Llamas of 4.5 M, 1 M and 0.26 M parameters, where a classifier's went from 0.004 to 0.1.
 _PRIORS = {"lm_head": 3e-2, "embedding": 1e-3, "value": 7e-4, "output": 6e-4, "first_block": 1e-3, "linear": 5e-4}
 _PRIOR_ERROR = 0.0025
 _TINY = 1e-30
