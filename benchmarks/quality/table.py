@@ -104,7 +104,8 @@ def run(subjects: list[Subject], contestants: list[Contestant], args: argparse.N
             except Exception as error:
                 if args.verbose:
                     traceback.print_exc()
-                cell = {"note": f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"}
+                said = (str(error).splitlines() or [""])[0].replace(f"{work / 'artifact'}/", "")
+                cell = {"note": f"{type(error).__name__}: {said[:160]}"}
             about = {"subject": subject.name, "group": contestant.group, "name": contestant.name, "stamp": stamp}
             cells[key] = {**about, "date": f"{datetime.now(UTC):%Y-%m-%d}", **cell}
             args.json.write_text(json.dumps(stored, indent=1) + "\n")
