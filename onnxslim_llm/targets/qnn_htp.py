@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from onnxslim_llm.bounded import Outcome, run_bounded
 from onnxslim_llm.errors import UsageError, did_you_mean
+from onnxslim_llm.ir.model import open_model
 from onnxslim_llm.targets.base import Finished, Target, VendorError, Violation
-from onnxslim_llm.targets.htp_lint import htp_violations
+from onnxslim_llm.targets.htp_lint import htp_violations, narrow_weights
 from onnxslim_llm.targets.htp_rules import HTP_RULES
 from onnxslim_llm.targets.native_output import stdout_to_stderr
 from onnxslim_llm.targets.qnn_provider import EXTRA, PACKAGE, PROVIDER, qnn_options
@@ -82,9 +83,13 @@ class QnnHtpTarget(Target):
 
         Raises:
             ResourceError: The vendor's package is not installed.
+            UsageError: Weights have 4 bits.
             VendorError: The compiler fails, takes too long, or leaves nodes to the CPU; these are listed.
         """
         self.require()
+        narrow = next(narrow_weights(open_model(artifact)), None)
+        if narrow is not None:
+            raise UsageError(f"{narrow.rule}; nothing was published", where=narrow.where, todo=f"use {narrow.fix}")
         context = artifact.parent / CONTEXT_NAME
         outcome = self._compile(artifact, context, threads, "errors")
         if not outcome.finished:
@@ -180,7 +185,7 @@ QNN_HTP = QnnHtpTarget(
     min_opset=13,
     max_opset=24,
     qdq=HTP_RULES,
-    weight_bits=(4, 8),
+    weight_bits=(8,),
     fixed_shapes=True,
     simulated=True,
     extra=EXTRA,

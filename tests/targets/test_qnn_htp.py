@@ -16,6 +16,7 @@ from onnxslim_llm.ir.model import from_proto
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.targets import get_target
 from onnxslim_llm.targets.base import VendorError
+from onnxslim_llm.targets.htp_lint import INT4
 from onnxslim_llm.targets.qnn_htp import CONTEXT_NAME, PLACEMENT_NAME, QNN_HTP, refused_nodes
 
 SHAPE = "batch=1,seq=8,past=0,total=8"
@@ -57,6 +58,22 @@ def test_masks_must_be_moderate() -> None:
     found = linted("g (float[2] x) => (float[2] y) <float[2] mask = {0, -3.4e38}> { y = Add (x, mask) }")
     assert [where for where, _, _ in found] == ["Add 'y'"]
     assert "legalize_masks" in found[0][2]
+
+
+def test_weights_of_4_bits_are_refused(tmp_path: Path) -> None:
+    """What the simulator makes of them cannot be verified, see htp_lint.INT4."""
+    text = """<ir_version: 10, opset_import: ["" : 21]> g (float[1, 2] x) => (float[1, 2] y)
+    <float[2] scale = {0.5, 0.5}> {
+        w = DequantizeLinear <axis = 1> (codes, scale)
+        y = MatMul (x, w)
+    }"""
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.append(onnx.helper.make_tensor("codes", onnx.TensorProto.INT4, [2, 2], [1, -2, 3, -4]))
+    onnx.save(proto, tmp_path / "model.onnx")
+    assert [v.where for v in QNN_HTP.lint(from_proto(proto)) if v.rule == INT4] == ["DequantizeLinear 'w'"]
+    if there:
+        with pytest.raises(UsageError, match="nothing was published"):
+            QNN_HTP.finish(tmp_path / "model.onnx")
 
 
 def test_options() -> None:
