@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from onnxslim_llm.ir.weights.jobs import TensorSpec, Tile, TileOutput, WeightJob, derive
 from onnxslim_llm.ir.weights.weight import Weight
-from onnxslim_llm.passes.quantize.job import QuantizeJob
+from onnxslim_llm.passes.quantize.codes.job import QuantizeJob
 from onnxslim_llm.stats.moments import Moments
 from onnxslim_llm.stats.statistics import StoredMoments
 

@@ -14,11 +14,11 @@ from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.weights import ArrayWeight, Weight, constant, weight_of
 from onnxslim_llm.ir.weights.jobs import derive
 from onnxslim_llm.passes.quantize.bias_job import BiasJob, shift_of
-from onnxslim_llm.passes.quantize.calibrated_job import CalibratedJob
-from onnxslim_llm.passes.quantize.columns import columns_of
-from onnxslim_llm.passes.quantize.job import QuantizeJob
-from onnxslim_llm.passes.quantize.owned_weights import Constants
-from onnxslim_llm.passes.quantize.trial import coded, lost
+from onnxslim_llm.passes.quantize.codes.calibrated_job import CalibratedJob
+from onnxslim_llm.passes.quantize.codes.columns import columns_of
+from onnxslim_llm.passes.quantize.codes.job import QuantizeJob
+from onnxslim_llm.passes.quantize.codes.trial import coded, lost
+from onnxslim_llm.passes.quantize.folding.owned_weights import Constants
 from onnxslim_llm.rewrite.edit import Builder
 from onnxslim_llm.rewrite.passes import Change, Pass
 from onnxslim_llm.rewrite.schema import normal_domain

@@ -12,8 +12,8 @@ from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.opset import convert_opset
 from onnxslim_llm.ir.shapes import infer_shapes
-from onnxslim_llm.passes.quantize.mixed_precision import FORMS, Demand, share_out
-from onnxslim_llm.passes.quantize.planes import PLANES
+from onnxslim_llm.passes.quantize.bits.mixed_precision import FORMS, Demand, share_out
+from onnxslim_llm.passes.quantize.codes.planes import PLANES
 from onnxslim_llm.passes.quantize.replacement import Chosen, Replacement
 from onnxslim_llm.passes.quantize.settings import (
     BITS,

@@ -16,10 +16,10 @@ from onnxslim_llm.concepts.concept import replace_nodes
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.weights import Weight, constant
 from onnxslim_llm.ir.weights.jobs import derive
-from onnxslim_llm.passes.quantize.calibrated_job import CalibratedJob, PlaneJob
-from onnxslim_llm.passes.quantize.job import QuantizeJob
-from onnxslim_llm.passes.quantize.mixed_precision import tied_ridge
-from onnxslim_llm.passes.quantize.planes import is_split
+from onnxslim_llm.passes.quantize.bits.mixed_precision import tied_ridge
+from onnxslim_llm.passes.quantize.codes.calibrated_job import CalibratedJob, PlaneJob
+from onnxslim_llm.passes.quantize.codes.job import QuantizeJob
+from onnxslim_llm.passes.quantize.codes.planes import is_split
 from onnxslim_llm.products.sites import Site, WeightGroup
 from onnxslim_llm.rewrite.edit import Builder, detach, remove_dead
 from onnxslim_llm.rewrite.engine import graph_output_ids

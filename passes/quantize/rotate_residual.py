@@ -12,21 +12,21 @@ from numpy.typing import NDArray
 from onnxslim_llm.concepts.opset import CONCEPT_OPSET
 from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.weights import weight_of
-from onnxslim_llm.passes.quantize.columns import columns_of
-from onnxslim_llm.passes.quantize.fold_rotation import RotationFold
-from onnxslim_llm.passes.quantize.fold_sites import find_fold_sites
-from onnxslim_llm.passes.quantize.following import following_quantizer
-from onnxslim_llm.passes.quantize.owned_weights import Constants
-from onnxslim_llm.passes.quantize.residual_stream import (
+from onnxslim_llm.passes.quantize.codes.columns import columns_of
+from onnxslim_llm.passes.quantize.codes.trial import quickly_coded
+from onnxslim_llm.passes.quantize.folding.fold_sites import find_fold_sites
+from onnxslim_llm.passes.quantize.folding.following import following_quantizer
+from onnxslim_llm.passes.quantize.folding.owned_weights import Constants
+from onnxslim_llm.passes.quantize.folding.transform_job import Rotate
+from onnxslim_llm.passes.quantize.rotation.fold_rotation import RotationFold
+from onnxslim_llm.passes.quantize.rotation.residual_stream import (
     ResidualStream,
     Stuck,
     find_residual_stream,
     is_uniform,
 )
-from onnxslim_llm.passes.quantize.rotation import Rotated, Rotation
-from onnxslim_llm.passes.quantize.rotation_gain import head_errors, relative_errors
-from onnxslim_llm.passes.quantize.transform_job import Rotate
-from onnxslim_llm.passes.quantize.trial import quickly_coded
+from onnxslim_llm.passes.quantize.rotation.rotation import Rotated, Rotation
+from onnxslim_llm.passes.quantize.rotation.rotation_gain import head_errors, relative_errors
 from onnxslim_llm.rewrite.passes import Change, Pass
 from onnxslim_llm.rewrite.stage import Stage
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from onnxslim_llm.errors import UsageError
-from onnxslim_llm.passes.quantize.channel_scales import Columns, best_candidate, candidates
-from onnxslim_llm.passes.quantize.columns import columns_of
-from onnxslim_llm.passes.quantize.fold_scales import fold_scales, tied
-from onnxslim_llm.passes.quantize.fold_sites import FoldSite, find_fold_sites
-from onnxslim_llm.passes.quantize.following import following_quantizer
-from onnxslim_llm.passes.quantize.trial import held_error
+from onnxslim_llm.passes.quantize.codes.columns import columns_of
+from onnxslim_llm.passes.quantize.codes.trial import held_error
+from onnxslim_llm.passes.quantize.folding.channel_scales import Columns, best_candidate, candidates
+from onnxslim_llm.passes.quantize.folding.fold_scales import fold_scales, tied
+from onnxslim_llm.passes.quantize.folding.fold_sites import FoldSite, find_fold_sites
+from onnxslim_llm.passes.quantize.folding.following import following_quantizer
 from onnxslim_llm.rewrite.passes import Change, Pass
 from onnxslim_llm.rewrite.stage import Stage
 from onnxslim_llm.stats.transforms import Scaled

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from onnxslim_llm.concepts.block_weights import Method, WeightScheme
 from onnxslim_llm.errors import UsageError, did_you_mean
-from onnxslim_llm.passes.quantize.planes import PLANES
+from onnxslim_llm.passes.quantize.codes.planes import PLANES
 from onnxslim_llm.products.sites import ComputeType
 
 __all__ = [

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from onnxslim_llm.concepts.block_weights import WeightScheme
 from onnxslim_llm.errors import UsageError
-from onnxslim_llm.passes.quantize.channel_scales import Columns, candidates
-from onnxslim_llm.passes.quantize.columns import columns_of
-from onnxslim_llm.passes.quantize.fold_scales import fold_scales, tied
-from onnxslim_llm.passes.quantize.fold_sites import FoldSite, find_fold_sites
-from onnxslim_llm.passes.quantize.trial import lost, quickly_coded
+from onnxslim_llm.passes.quantize.codes.columns import columns_of
+from onnxslim_llm.passes.quantize.codes.trial import lost, quickly_coded
+from onnxslim_llm.passes.quantize.folding.channel_scales import Columns, candidates
+from onnxslim_llm.passes.quantize.folding.fold_scales import fold_scales, tied
+from onnxslim_llm.passes.quantize.folding.fold_sites import FoldSite, find_fold_sites
 from onnxslim_llm.rewrite.passes import Change, Pass
 from onnxslim_llm.rewrite.stage import Stage
 from onnxslim_llm.stats.moments import Moments

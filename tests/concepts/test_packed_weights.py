@@ -12,8 +12,8 @@ from onnxslim_llm.concepts.packed_weights import PackedBlockJob
 from onnxslim_llm.errors import ModelError
 from onnxslim_llm.ir.weights import ArrayWeight
 from onnxslim_llm.ir.weights.jobs import derive
-from onnxslim_llm.passes.quantize import job as job_module
-from onnxslim_llm.passes.quantize.job import QuantizeJob
+from onnxslim_llm.passes.quantize.codes import job as job_module
+from onnxslim_llm.passes.quantize.codes.job import QuantizeJob
 
 LAYOUTS: tuple[BlockLayout, ...] = ("blocked_kn", "blocked_nk", "nbits")
 ROWS, COLUMNS = 96, (32, 16, 48)

@@ -134,7 +134,7 @@ def test_the_bytes_do_not_depend_on_threads_or_tiles(
     tmp_path: Path, jobs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tiles of 48 columns, and of 20: those are put together until they end with a strip of 16."""
-    from onnxslim_llm.passes.quantize import job
+    from onnxslim_llm.passes.quantize.codes import job
 
     def data(columns: int, together: int) -> bytes:
         monkeypatch.setattr(job, "TILE_BYTES", columns * 70 * 4)

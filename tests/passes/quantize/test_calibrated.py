@@ -14,8 +14,8 @@ from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.model import from_proto
 from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.ir.weights.jobs import derive
-from onnxslim_llm.passes.quantize.calibrated_job import CalibratedJob
-from onnxslim_llm.passes.quantize.job import QuantizeJob
+from onnxslim_llm.passes.quantize.codes.calibrated_job import CalibratedJob
+from onnxslim_llm.passes.quantize.codes.job import QuantizeJob
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.pipeline import Pipeline

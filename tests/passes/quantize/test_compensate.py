@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from onnxslim_llm.passes.quantize.compensate import Grid, compensate
+from onnxslim_llm.passes.quantize.codes.compensate import Grid, compensate
 from onnxslim_llm.stats.curvature import inverse_factor, output_error
 
 Array = NDArray[Any]

@@ -10,8 +10,8 @@ import pytest
 from block_models import model_of, proto, weights
 from fusion_checks import run_all
 
-from onnxslim_llm.passes.quantize.fold_scales import fold_scales, tied
-from onnxslim_llm.passes.quantize.fold_sites import FoldSite, find_fold_sites
+from onnxslim_llm.passes.quantize.folding.fold_scales import fold_scales, tied
+from onnxslim_llm.passes.quantize.folding.fold_sites import FoldSite, find_fold_sites
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.passes import Change
 

@@ -7,8 +7,8 @@ from functools import reduce
 import numpy as np
 import pytest
 
-from onnxslim_llm.passes.quantize.hadamard import factors, hadamard
-from onnxslim_llm.passes.quantize.rotation import Rotated, Rotation
+from onnxslim_llm.passes.quantize.rotation.hadamard import factors, hadamard
+from onnxslim_llm.passes.quantize.rotation.rotation import Rotated, Rotation
 from onnxslim_llm.stats.moments import Moments
 
 #: Sums of at most 1,000 float64 products of numbers around one.

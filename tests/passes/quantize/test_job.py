@@ -10,8 +10,8 @@ from onnxslim_llm.custom_ops.quantize import BlockSpec, Layout, Method, quantize
 from onnxslim_llm.errors import ModelError
 from onnxslim_llm.ir.weights import ArrayWeight, dtypes
 from onnxslim_llm.ir.weights.jobs import derive
-from onnxslim_llm.passes.quantize import job as job_module
-from onnxslim_llm.passes.quantize.job import QuantizeJob
+from onnxslim_llm.passes.quantize.codes import job as job_module
+from onnxslim_llm.passes.quantize.codes.job import QuantizeJob
 
 #: Root mean square error of uniform rounding over a range of 8 standard deviations, times the number of steps.
 ROUNDING = 8 / 12**0.5

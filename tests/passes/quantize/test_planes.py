@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from onnxslim_llm.concepts.block_weights import WeightScheme
 from onnxslim_llm.ir.weights import ArrayWeight
 from onnxslim_llm.ir.weights.jobs import derive
-from onnxslim_llm.passes.quantize.calibrated_job import PlaneJob
-from onnxslim_llm.passes.quantize.planes import plane_of, rounded, zero_of
+from onnxslim_llm.passes.quantize.codes.calibrated_job import PlaneJob
+from onnxslim_llm.passes.quantize.codes.planes import plane_of, rounded, zero_of
 
 Array = NDArray[Any]
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from onnxslim_llm.passes.quantize.compensate import Coded
-from onnxslim_llm.passes.quantize.polish import polish
+from onnxslim_llm.passes.quantize.codes.compensate import Coded
+from onnxslim_llm.passes.quantize.codes.polish import polish
 from onnxslim_llm.stats.curvature import output_error
 
 Array = NDArray[Any]

@@ -15,11 +15,11 @@ from transformer_models import HEADS, KV_HEADS, SIZE, VOCAB, Habits, assert_same
 from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.model import Model, open_model
 from onnxslim_llm.ir.weights import constant, weight_of
+from onnxslim_llm.passes.quantize.codes.trial import quickly_coded
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
-from onnxslim_llm.passes.quantize.residual_stream import Stuck, find_residual_stream
 from onnxslim_llm.passes.quantize.rotate_residual import RotateResidual
-from onnxslim_llm.passes.quantize.rotation_gain import relative_errors
-from onnxslim_llm.passes.quantize.trial import quickly_coded
+from onnxslim_llm.passes.quantize.rotation.residual_stream import Stuck, find_residual_stream
+from onnxslim_llm.passes.quantize.rotation.rotation_gain import relative_errors
 from onnxslim_llm.recipe import Recipe
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.edit import Builder, redirect

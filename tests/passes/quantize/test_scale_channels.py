@@ -14,13 +14,13 @@ from onnxslim_llm.custom_ops.quantize import BlockSpec, quantize_tile
 from onnxslim_llm.custom_ops.reference import dequantize
 from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.weights import weight_of
-from onnxslim_llm.passes.quantize.channel_scales import Columns, best_candidate, candidates
-from onnxslim_llm.passes.quantize.columns import columns_of
-from onnxslim_llm.passes.quantize.fold_scales import fold_scales, tied
-from onnxslim_llm.passes.quantize.fold_sites import FoldSite, find_fold_sites
+from onnxslim_llm.passes.quantize.codes.columns import columns_of
+from onnxslim_llm.passes.quantize.codes.trial import held_error, lost, quickly_coded
+from onnxslim_llm.passes.quantize.folding.channel_scales import Columns, best_candidate, candidates
+from onnxslim_llm.passes.quantize.folding.fold_scales import fold_scales, tied
+from onnxslim_llm.passes.quantize.folding.fold_sites import FoldSite, find_fold_sites
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.passes.quantize.scale_channels import ScaleChannels
-from onnxslim_llm.passes.quantize.trial import held_error, lost, quickly_coded
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.passes import Change
 from onnxslim_llm.rewrite.pipeline import Pipeline

@@ -11,9 +11,9 @@ from transformer_models import Habits, assert_same_logits, ids, statistics_of, t
 
 from onnxslim_llm.concepts.block_weights import WeightScheme
 from onnxslim_llm.errors import UsageError
-from onnxslim_llm.passes.quantize.channel_scales import Columns, candidates
+from onnxslim_llm.passes.quantize.codes.trial import quickly_coded
+from onnxslim_llm.passes.quantize.folding.channel_scales import Columns, candidates
 from onnxslim_llm.passes.quantize.smooth_activations import SmoothActivations, rounding_error
-from onnxslim_llm.passes.quantize.trial import quickly_coded
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.pipeline import Pipeline
 from onnxslim_llm.stats.moments import Moments

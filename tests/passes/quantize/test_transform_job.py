@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from onnxslim_llm.ir.weights import ArrayWeight, DerivedWeight
-from onnxslim_llm.passes.quantize import transform_job
-from onnxslim_llm.passes.quantize.rotation import Rotation
-from onnxslim_llm.passes.quantize.transform_job import Centre, Rotate, Scale, Step, TransformJob, transformed
+from onnxslim_llm.passes.quantize.folding import transform_job
+from onnxslim_llm.passes.quantize.folding.transform_job import Centre, Rotate, Scale, Step, TransformJob, transformed
+from onnxslim_llm.passes.quantize.rotation.rotation import Rotation
 
 Array = np.ndarray[Any, Any]
 

@@ -11,8 +11,8 @@ from zoo.equality import compare
 
 from onnxslim_llm.ir.model import open_model
 from onnxslim_llm.ir.save import SaveOptions, save_model
-from onnxslim_llm.passes.quantize.fold_scales import fold_scales, tied
-from onnxslim_llm.passes.quantize.fold_sites import find_fold_sites
+from onnxslim_llm.passes.quantize.folding.fold_scales import fold_scales, tied
+from onnxslim_llm.passes.quantize.folding.fold_sites import find_fold_sites
 from onnxslim_llm.passes.quantize.rotate_residual import RotateResidual
 from onnxslim_llm.recipe import Recipe
 from onnxslim_llm.rewrite.context import Context

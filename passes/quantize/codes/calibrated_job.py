@@ -13,10 +13,10 @@ from onnxslim_llm.custom_ops.packing import pack
 from onnxslim_llm.custom_ops.quantize import Layout, TileBuffers
 from onnxslim_llm.ir.weights.jobs import Tile, TileOutput
 from onnxslim_llm.ir.weights.weight import Weight
-from onnxslim_llm.passes.quantize.coding import best_codes, knowledge_of, nearest_codes, spec_of
-from onnxslim_llm.passes.quantize.compensate import Coded
-from onnxslim_llm.passes.quantize.job import QuantizeJob
-from onnxslim_llm.passes.quantize.planes import is_split, plane_of, plane_scheme
+from onnxslim_llm.passes.quantize.codes.coding import best_codes, knowledge_of, nearest_codes, spec_of
+from onnxslim_llm.passes.quantize.codes.compensate import Coded
+from onnxslim_llm.passes.quantize.codes.job import QuantizeJob
+from onnxslim_llm.passes.quantize.codes.planes import is_split, plane_of, plane_scheme
 from onnxslim_llm.stats.curvature import output_error
 from onnxslim_llm.stats.statistics import StoredMoments
 

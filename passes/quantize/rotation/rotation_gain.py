@@ -9,12 +9,12 @@ import numpy as np
 
 from onnxslim_llm.concepts.block_weights import WeightScheme
 from onnxslim_llm.ir.weights.weight import Weight
-from onnxslim_llm.passes.quantize.columns import columns_of
-from onnxslim_llm.passes.quantize.fold_sites import FoldSite
-from onnxslim_llm.passes.quantize.owned_weights import Constants, Product
-from onnxslim_llm.passes.quantize.rotation import Rotated, Rotation
-from onnxslim_llm.passes.quantize.transform_job import Rotate, transformed
-from onnxslim_llm.passes.quantize.trial import held_error, lost
+from onnxslim_llm.passes.quantize.codes.columns import columns_of
+from onnxslim_llm.passes.quantize.codes.trial import held_error, lost
+from onnxslim_llm.passes.quantize.folding.fold_sites import FoldSite
+from onnxslim_llm.passes.quantize.folding.owned_weights import Constants, Product
+from onnxslim_llm.passes.quantize.folding.transform_job import Rotate, transformed
+from onnxslim_llm.passes.quantize.rotation.rotation import Rotated, Rotation
 from onnxslim_llm.stats.statistics import StoredMoments
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from onnxslim_llm.concepts.block_weights import WeightScheme
 from onnxslim_llm.custom_ops.packing import unpack
 from onnxslim_llm.custom_ops.quantize import BlockSpec, Layout, quantize_tile
-from onnxslim_llm.passes.quantize.compensate import Coded, Grid, compensate
-from onnxslim_llm.passes.quantize.planes import fit_grid, is_split, rounded, stored_scale
-from onnxslim_llm.passes.quantize.polish import polish
+from onnxslim_llm.passes.quantize.codes.compensate import Coded, Grid, compensate
+from onnxslim_llm.passes.quantize.codes.planes import fit_grid, is_split, rounded, stored_scale
+from onnxslim_llm.passes.quantize.codes.polish import polish
 from onnxslim_llm.stats.curvature import inverse_factor, output_error
 from onnxslim_llm.stats.statistics import StoredMoments
 

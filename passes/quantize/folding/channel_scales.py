@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxslim_llm.concepts.block_weights import WeightScheme
-from onnxslim_llm.passes.quantize.trial import lost, quickly_coded
+from onnxslim_llm.passes.quantize.codes.trial import lost, quickly_coded
 from onnxslim_llm.stats.moments import Moments
 
 __all__ = ["Candidate", "Columns", "best_candidate", "candidates"]

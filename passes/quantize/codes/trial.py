@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from onnxslim_llm.concepts.block_weights import WeightScheme
 from onnxslim_llm.custom_ops.packing import unpack_bits
 from onnxslim_llm.custom_ops.quantize import Layout, quantize_tile
-from onnxslim_llm.passes.quantize.coding import best_codes, knowledge_of, nearest_codes, spec_of
-from onnxslim_llm.passes.quantize.planes import is_split
+from onnxslim_llm.passes.quantize.codes.coding import best_codes, knowledge_of, nearest_codes, spec_of
+from onnxslim_llm.passes.quantize.codes.planes import is_split
 from onnxslim_llm.stats.statistics import StoredMoments
 
 __all__ = ["coded", "held_error", "lost", "quickly_coded"]

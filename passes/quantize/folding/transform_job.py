@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from onnxslim_llm.ir.weights.jobs import DerivedWeight, TensorSpec, Tile, TileOutput, WeightJob, derive
 from onnxslim_llm.ir.weights.weight import Weight
-from onnxslim_llm.passes.quantize.rotation import Rotation
+from onnxslim_llm.passes.quantize.rotation.rotation import Rotation
 
 __all__ = ["Centre", "Rotate", "Scale", "Step", "TransformJob", "transformed"]
 

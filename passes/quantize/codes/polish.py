@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim_llm.passes.quantize.compensate import Coded
+from onnxslim_llm.passes.quantize.codes.compensate import Coded
 
 __all__ = ["polish"]
 

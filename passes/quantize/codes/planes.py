@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxslim_llm.concepts.block_weights import WeightScheme
-from onnxslim_llm.passes.quantize.compensate import Coded, Grid
+from onnxslim_llm.passes.quantize.codes.compensate import Coded, Grid
 
 __all__ = [
     "LOW_BITS",

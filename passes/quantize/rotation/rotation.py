@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim_llm.passes.quantize.hadamard import factors
+from onnxslim_llm.passes.quantize.rotation.hadamard import factors
 from onnxslim_llm.stats.moments import Moments
 from onnxslim_llm.stats.transforms import Transform
 

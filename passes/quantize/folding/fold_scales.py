@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim_llm.passes.quantize.fold_sites import FoldSite
-from onnxslim_llm.passes.quantize.owned_weights import Constants
-from onnxslim_llm.passes.quantize.transform_job import Scale
+from onnxslim_llm.passes.quantize.folding.fold_sites import FoldSite
+from onnxslim_llm.passes.quantize.folding.owned_weights import Constants
+from onnxslim_llm.passes.quantize.folding.transform_job import Scale
 from onnxslim_llm.stats.transforms import Scaled
 
 if TYPE_CHECKING:

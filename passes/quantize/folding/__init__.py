@@ -1,0 +1,1 @@
+"""Changes of weights that cancel across a product: scales by channel, steps along axes."""

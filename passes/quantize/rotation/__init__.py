@@ -1,0 +1,1 @@
+"""Orthogonal changes of basis in which no channel is much larger than the others."""
