@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from onnxslim_llm.concepts.block_weights import WeightScheme
@@ -37,6 +37,8 @@ __all__ = ["LONG_BLOCK", "QuantizeWeights"]
 
 #: (opset, IR version) that brought the element types of codes.
 _NEEDS = {2: (25, 13), 3: (21, 10), 4: (21, 10), 5: (25, 13), 6: (25, 13), 8: (21, 10)}
+#: What `target_bits` decides; 0 bits still leave weights alone.
+_SHARED_OUT = frozenset({"bits", "block", "embedding_bits", "lm_head_bits", "sensitive_bits"})
 #: Weights that get more bits than the others have codes that are fine enough for long blocks.
 LONG_BLOCK = 128
 
@@ -130,6 +132,17 @@ class QuantizeWeights(Pass):
             raise UsageError(f"target_bits = {self.target_bits!r} is not possible", where=where, todo=todo)
         compile_patterns(self.exclude, f"{where}.exclude")
         check_scopes(self.scopes, where)
+        if self.target_bits:
+            self._check_nothing_else_is_asked_for()
+
+    def _check_nothing_else_is_asked_for(self) -> None:
+        """Refuse options that would not count, rather than ignore them."""
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name in _SHARED_OUT and value and value != option.default:
+                what = f"target_bits = {self.target_bits:g} shares bits and blocks out: {option.name} would not count"
+                todo = f"set {self.name}.target_bits=0 as well, or choose by name with {self.name}.scopes"
+                raise UsageError(what, where=f"{self.name}.{option.name}", todo=todo)
 
     def requires(self, model: Model, context: Context) -> None:
         """Check that the target can store what the options ask for.
@@ -146,6 +159,8 @@ class QuantizeWeights(Pass):
         usual = set(self.widths) if self.target_bits else {self.bits, *roles}
         asked = usual | {scope.get("bits", 0) for scope in self.scopes}
         missing = sorted(bits for bits in asked - {0} if not _can_store(bits, context.target.weight_bits))
+        if self.target_bits and min(context.target.weight_bits, default=0) > self.target_bits:
+            missing.append(int(self.target_bits))
         if missing:
             can = ", ".join(map(str, context.target.weight_bits))
             what = f"target '{context.target.name}' cannot store weights of {missing[0]} bits"

@@ -50,7 +50,7 @@ def schema() -> dict[str, Any]:
         (["--recipe", "missing.toml"], ["missing.toml"]),
         (["--set", "quantise_weights.bits=4"], ["quantise_weights", "did you mean 'quantize_weights'"]),
         (["--set", "quantize_weights.blok=32"], ["blok", "did you mean 'block'"]),
-        (["--set", "quantize_weights.bits=5"], ["bits", "5"]),
+        (["--set", "quantize_weights.bits=7"], ["bits", "7"]),
         (["--set", "quantize_weights.bits=four"], ["bits", "four"]),
         (["--set", "quantize_weights.block=33"], ["block", "33"]),
         (["--set", "quantize_weights.exclude=['(']"], ["exclude", "("]),

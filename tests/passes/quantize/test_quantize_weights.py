@@ -459,3 +459,10 @@ def test_a_weight_that_is_not_finite_is_named(bad: float, transposed: bool) -> N
     assert "1 NaN or infinite values" in caught.value.what
     assert str([7, 5] if transposed else [5, 7]) in caught.value.what
     assert caught.value.where == "tensor 'W'"
+
+
+def test_options_that_target_bits_would_override_are_refused() -> None:
+    with pytest.raises(UsageError, match="embedding_bits would not count") as caught:
+        QuantizeWeights(target_bits=4.5, embedding_bits=4)
+    assert "target_bits=0" in (caught.value.todo or "")
+    QuantizeWeights(target_bits=4.5, embedding_bits=0)  # to leave a table alone is another matter
