@@ -22,9 +22,9 @@ from onnxslim_llm.passes.quantize.settings import (
     Settings,
     check_scheme,
     check_scopes,
-    compile_patterns,
 )
 from onnxslim_llm.products.attention import SENSITIVE, Sensitive
+from onnxslim_llm.products.selection import compile_patterns
 from onnxslim_llm.products.sites import WeightGroup, find_groups
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.passes import Change, Pass

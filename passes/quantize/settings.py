@@ -10,6 +10,7 @@ from typing import Any, Literal
 from onnxslim_llm.concepts.block_weights import Method, WeightScheme
 from onnxslim_llm.errors import UsageError, did_you_mean
 from onnxslim_llm.passes.quantize.codes.planes import PLANES
+from onnxslim_llm.products.selection import compile_patterns
 from onnxslim_llm.products.sites import ComputeType
 
 __all__ = [
@@ -21,7 +22,6 @@ __all__ = [
     "Settings",
     "check_scheme",
     "check_scopes",
-    "compile_patterns",
 ]
 
 ScaleType = Literal["activation", "float16"]
@@ -120,18 +120,3 @@ def check_scopes(scopes: Iterable[Mapping[str, Any]], where: str) -> None:
             raise UsageError("a scope needs a pattern", where=place, todo="write match = 'regular expression'")
         compile_patterns([scope["match"]], place)
         check_scheme(scope, place, may_be_left=True)
-
-
-def compile_patterns(patterns: Iterable[str], where: str) -> list[re.Pattern[str]]:
-    """Return compiled regular expressions.
-
-    Raises:
-        UsageError: One of them is none.
-    """
-    compiled = []
-    for pattern in patterns:
-        try:
-            compiled.append(re.compile(pattern))
-        except (re.error, TypeError) as error:
-            raise UsageError(f"{pattern!r} is no regular expression: {error}", where=where) from error
-    return compiled
