@@ -11,9 +11,16 @@ __all__ = ["main"]
 def main() -> None:
     """Entry point of the console script; ends the process with the contract's exit codes."""
     _open_closed_streams()
-    from onnxslim_llm.cli.run import run
+    from onnxslim_llm.cli.run import INTERRUPTED, run
 
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if code == INTERRUPTED:
+        # CPython remembers a KeyboardInterrupt that passed through code made from text (every dataclass has some) even
+        # after it was caught, and would end the process by the signal instead of with the contract's code.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _open_closed_streams() -> None:

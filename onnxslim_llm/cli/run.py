@@ -13,10 +13,10 @@ import click
 
 from onnxslim_llm.errors import SlimError
 
-__all__ = ["PROGRAM", "run"]
+__all__ = ["INTERRUPTED", "PROGRAM", "run"]
 
 PROGRAM = "onnxslim-llm"
-_INTERRUPTED = 128 + signal.SIGINT
+INTERRUPTED = 128 + signal.SIGINT
 _BROKEN_PIPE = 128 + signal.SIGPIPE
 _USAGE = 2
 _VERBOSE = frozenset({"-v", "--verbose"})
@@ -46,7 +46,7 @@ def _failed(error: BaseException, arguments: Sequence[str], verbose: bool) -> in
     if isinstance(error, KeyboardInterrupt):
         resumable = bool(arguments) and arguments[0] == "compile"
         _tell("interrupted", "", "the same command with --resume goes on where it stopped" if resumable else "")
-        return _INTERRUPTED
+        return INTERRUPTED
     if isinstance(error, click.ClickException):
         _tell(*_usage(error))
         return _USAGE

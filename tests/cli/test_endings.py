@@ -195,3 +195,25 @@ def test_a_reader_that_leaves_is_no_error(cli: Run) -> None:
         os.close(writing)
     assert done.returncode == 141
     assert done.stderr == ""
+
+
+def test_an_interruption_of_code_made_from_text_ends_with_the_same_code(tmp_path: Path) -> None:
+    """With `python -m`, CPython 3.11 ends the process by the signal if the interrupt came through `exec`."""
+    script = """
+import onnxslim_llm.cli.run as cli_run
+
+def run(arguments):
+    try:
+        exec("raise KeyboardInterrupt")
+    except KeyboardInterrupt:
+        return cli_run.INTERRUPTED
+
+cli_run.run = run
+from onnxslim_llm.cli import main
+
+main()
+"""
+    (tmp_path / "interrupted.py").write_text(script)
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run([sys.executable, "-m", "interrupted"], env={**os.environ, "PYTHONPATH": path}, check=False)
+    assert done.returncode == 130
