@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from onnxslim_llm.errors import UsageError
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -40,3 +42,18 @@ class Context:
     following: Sequence[Pass] = ()
     observer: Observer | None = None
     notes: list[str] = field(default_factory=list)
+
+    def need_statistics(self, what: str, where: str, otherwise: str = "") -> None:
+        """Check that there are calibration data.
+
+        Args:
+            what: What cannot be done without them, as a sentence.
+            where: Name of the pass.
+            otherwise: What else the user could do.
+
+        Raises:
+            UsageError: There are none.
+        """
+        if self.statistics is None:
+            todo = "give --calib FILE or --calib self (text sampled from the model)"
+            raise UsageError(what, where=where, todo=f"{todo}, or {otherwise}" if otherwise else todo)

@@ -85,9 +85,9 @@ class PruneNeurons(Pass):
         Raises:
             UsageError: There are none.
         """
-        if self.wants_statistics and context.statistics is None:
-            todo = "give --calib FILE, --calib self (text sampled from the model), or set refit=false"
-            raise UsageError("what is left cannot be fitted without calibration data", where=self.name, todo=todo)
+        if self.wants_statistics:
+            what = "what is left cannot be fitted without calibration data"
+            context.need_statistics(what, self.name, "set refit=false")
 
     def apply(self, model: Model, context: Context) -> Change:
         """Choose the channels; the weights are cut and fitted at save."""

@@ -101,9 +101,9 @@ class PruneWeights(Pass):
         Raises:
             UsageError: There are none.
         """
-        if context.statistics is None and self.wants_statistics:
-            todo = "give --calib FILE, --calib self (text sampled from the model), or use method=magnitude alone"
-            raise UsageError("these options need calibration data", where=self.name, todo=todo)
+        if self.wants_statistics:
+            what = "these options need calibration data"
+            context.need_statistics(what, self.name, "use method=magnitude alone")
 
     def apply(self, model: Model, context: Context) -> Change:
         """Record the work; it is done at save."""

@@ -10,7 +10,6 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from onnxslim_llm.concepts.block_weights import BLOCK_MATMUL, job_of
-from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.weights import ArrayWeight, Weight, constant, weight_of
 from onnxslim_llm.ir.weights.jobs import derive
 from onnxslim_llm.passes.quantize.bias_job import BiasJob, shift_of
@@ -82,9 +81,7 @@ class CorrectBiases(Pass):
         Raises:
             UsageError: There are none.
         """
-        if context.statistics is None:
-            todo = "give --calib FILE or --calib self (text sampled from the model)"
-            raise UsageError("biases are corrected by calibration data: there are none", where=self.name, todo=todo)
+        context.need_statistics("biases are corrected by calibration data: there are none", self.name)
 
     def apply(self, model: Model, context: Context) -> Change:
         """Correct the biases of the top graph."""

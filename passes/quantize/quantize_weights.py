@@ -150,9 +150,8 @@ class QuantizeWeights(Pass):
         Raises:
             UsageError: It cannot.
         """
-        if "calibrated" in self._methods and context.statistics is None:
-            todo = "give --calib FILE, --calib self (text sampled from the model), or another method"
-            raise UsageError("method 'calibrated' needs calibration data", where=self.name, todo=todo)
+        if "calibrated" in self._methods:
+            context.need_statistics("method 'calibrated' needs calibration data", self.name, "another method")
         if context.target is None:
             return
         roles = {self.embedding_bits, self.lm_head_bits, self.sensitive_bits}

@@ -120,9 +120,9 @@ class RotateResidual(Pass):
         Raises:
             UsageError: There are no data, or no quantizer.
         """
-        if self.only_if_better and context.statistics is None:
-            todo = "give --calib FILE or --calib self, or only_if_better = false"
-            raise UsageError("a rotation is tried on calibration data, and there are none", where=self.name, todo=todo)
+        if self.only_if_better:
+            what = "a rotation is tried on calibration data, and there are none"
+            context.need_statistics(what, self.name, "only_if_better = false")
         if self.only_if_better and following_quantizer(context) is None:
             todo = "put quantize_weights after it, or only_if_better = false"
             raise UsageError("no quantize_weights follows", where=self.name, todo=todo)

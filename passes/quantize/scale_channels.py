@@ -88,9 +88,7 @@ class ScaleChannels(Pass):
         Raises:
             UsageError: One of them is missing.
         """
-        if context.statistics is None:
-            todo = "give --calib FILE or --calib self (text sampled from the model)"
-            raise UsageError("channels are scaled by calibration data, and there are none", where=self.name, todo=todo)
+        context.need_statistics("channels are scaled by calibration data, and there are none", self.name)
         if following_quantizer(context) is None:
             todo = "put quantize_weights after it: the factors are chosen for its bits and blocks"
             raise UsageError("no quantize_weights follows", where=self.name, todo=todo)

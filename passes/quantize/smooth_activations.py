@@ -98,9 +98,7 @@ class SmoothActivations(Pass):
         Raises:
             UsageError: There are none.
         """
-        if context.statistics is None:
-            todo = "give --calib FILE or --calib self (text sampled from the model)"
-            raise UsageError("channels are evened out by calibration data: there are none", where=self.name, todo=todo)
+        context.need_statistics("channels are evened out by calibration data: there are none", self.name)
 
     def apply(self, model: Model, context: Context) -> Change:
         """Smooth all sites of the top graph where that helps."""
