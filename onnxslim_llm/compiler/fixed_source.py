@@ -54,11 +54,11 @@ class Shapes:
         missing = [(where, name) for where, name in free_dimensions(model.graph.inputs) if name not in sizes]
         if target.fixed_shapes and missing:
             where, name = missing[0]
-            others = "".join(f",{other}=..." for _, other in missing[1:])
+            sizes_wanted = ",".join(f"{each}=SIZE" for _, each in missing)
             raise UsageError(
                 f"target '{target.name}' needs fixed sizes, and '{name}' has none",
                 where=where,
-                todo=f"{OPTION} {name}=128{others} (0 for the cache of a graph that reads prompts)",
+                todo=f"{OPTION} {sizes_wanted} (0 for the cache of a graph that reads prompts)",
             )
         text = ",".join(f"{name}={size}" for name, size in sizes.items())
         fixed = model.copy()
