@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 
 from onnxslim_llm.concepts.attention import AttentionForm, call_attention
 from onnxslim_llm.ir.model import Model, from_proto
-from onnxslim_llm.passes.lower.lower_kv_cache import LowerKvCache
+from onnxslim_llm.passes.lower.attention.lower_kv_cache import LowerKvCache
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.edit import Builder
 from onnxslim_llm.rewrite.pipeline import Pipeline

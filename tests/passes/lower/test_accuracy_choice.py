@@ -14,9 +14,9 @@ from onnxslim_llm.custom_ops import packed
 from onnxslim_llm.custom_ops.matmul_reference import Accuracy, matmul
 from onnxslim_llm.custom_ops.packed import PackedScheme
 from onnxslim_llm.errors import UsageError
-from onnxslim_llm.passes.lower.activation_rounding import LARGEST_ERROR
-from onnxslim_llm.passes.lower.lower_ort_cpu import LowerOrtCpu
-from onnxslim_llm.passes.lower.lower_ort_cpu_ops import LowerOrtCpuOps
+from onnxslim_llm.passes.lower.weights.activation_rounding import LARGEST_ERROR
+from onnxslim_llm.passes.lower.weights.lower_ort_cpu import LowerOrtCpu
+from onnxslim_llm.passes.lower.weights.lower_ort_cpu_ops import LowerOrtCpuOps
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.passes import Pass

@@ -14,7 +14,7 @@ from lowering_checks import FLOAT_TOLERANCE, assert_close
 from onnxslim_llm.custom_ops import ops
 from onnxslim_llm.ir.model import Model, open_model
 from onnxslim_llm.ir.save import save_model
-from onnxslim_llm.passes.lower.lower_ort_cpu_ops import LowerOrtCpuOps
+from onnxslim_llm.passes.lower.weights.lower_ort_cpu_ops import LowerOrtCpuOps
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.pipeline import Pipeline
 from onnxslim_llm.runtime.session import open_session

@@ -14,7 +14,7 @@ from fusion_checks import floats, proto
 from onnxslim_llm.concepts.activation import GELU, GELU_TANH, SWISH
 from onnxslim_llm.concepts.normalization import RMS_NORM
 from onnxslim_llm.ir.model import Model, from_proto
-from onnxslim_llm.passes.lower.lower_contrib_ops import LowerContribOps
+from onnxslim_llm.passes.lower.operators.lower_contrib_ops import LowerContribOps
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.pipeline import Pipeline
 

@@ -12,7 +12,7 @@ from onnx import helper
 
 from onnxslim_llm.errors import CompilerBug, UsageError
 from onnxslim_llm.ir.model import open_model
-from onnxslim_llm.passes.lower.lower_ort_cpu import LowerOrtCpu
+from onnxslim_llm.passes.lower.weights.lower_ort_cpu import LowerOrtCpu
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.targets.ort_cpu import ORT_CPU

@@ -14,7 +14,7 @@ from onnxslim_llm.custom_ops import ops, packed
 from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.model import open_model
 from onnxslim_llm.ir.save import SaveOptions, save_model
-from onnxslim_llm.passes.lower.lower_ort_cpu_ops import LowerOrtCpuOps
+from onnxslim_llm.passes.lower.weights.lower_ort_cpu_ops import LowerOrtCpuOps
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.pipeline import Pipeline

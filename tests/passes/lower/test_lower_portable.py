@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 
 from onnxslim_llm.errors import CompilerBug, UsageError
 from onnxslim_llm.ir.model import open_model
-from onnxslim_llm.passes.lower.lower_portable import LowerPortable
+from onnxslim_llm.passes.lower.weights.lower_portable import LowerPortable
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.targets.portable import PORTABLE

@@ -17,7 +17,7 @@ from onnxslim_llm.errors import ModelError
 from onnxslim_llm.ir.model import Model, from_proto, open_model
 from onnxslim_llm.ir.save import SaveOptions, save_model
 from onnxslim_llm.ir.shapes import SymbolicValues
-from onnxslim_llm.passes.lower.raise_block_weights import RaiseBlockWeights
+from onnxslim_llm.passes.lower.stored.raise_block_weights import RaiseBlockWeights
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.pipeline import Pipeline
 from onnxslim_llm.runtime.session import open_session

@@ -10,12 +10,12 @@ from onnxslim_llm.concepts.concept import calls
 from onnxslim_llm.concepts.normalization import RMS_NORM
 from onnxslim_llm.concepts.rotary import ROTARY
 from onnxslim_llm.ir.shapes import infer_shapes
-from onnxslim_llm.passes.lower.activation_ops import gelu, swish, swish_product
-from onnxslim_llm.passes.lower.concept_calls import Lowering, lower_calls
-from onnxslim_llm.passes.lower.lower_attention import LowerAttention
-from onnxslim_llm.passes.lower.norm_ops import rms_normalization
-from onnxslim_llm.passes.lower.rotary_ops import rotary_embedding
-from onnxslim_llm.passes.lower.shared_expand import SharedExpand
+from onnxslim_llm.passes.lower.attention.lower_attention import LowerAttention
+from onnxslim_llm.passes.lower.attention.shared_expand import SharedExpand
+from onnxslim_llm.passes.lower.operators.activation_ops import gelu, swish, swish_product
+from onnxslim_llm.passes.lower.operators.concept_calls import Lowering, lower_calls
+from onnxslim_llm.passes.lower.operators.norm_ops import rms_normalization
+from onnxslim_llm.passes.lower.operators.rotary_ops import rotary_embedding
 from onnxslim_llm.rewrite.passes import Change, Pass
 from onnxslim_llm.rewrite.registry import make_pass
 

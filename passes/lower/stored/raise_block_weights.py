@@ -15,7 +15,7 @@ from onnxslim_llm.ir.opset import convert_opset
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.weights import constant, dtypes
 from onnxslim_llm.ir.weights.jobs import derive
-from onnxslim_llm.passes.lower.stored_nodes import ORT_DOMAIN, StoredNode, read_stored
+from onnxslim_llm.passes.lower.stored.stored_nodes import ORT_DOMAIN, StoredNode, read_stored
 from onnxslim_llm.rewrite.edit import Builder, detach, remove_dead
 from onnxslim_llm.rewrite.engine import graph_output_ids
 from onnxslim_llm.rewrite.passes import Change, Pass

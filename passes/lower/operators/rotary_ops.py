@@ -9,7 +9,7 @@ from onnx import TensorProto
 
 from onnxslim_llm.concepts.rotary import ROTARY
 from onnxslim_llm.ir.shapes import shape_of
-from onnxslim_llm.passes.lower.shared_expand import SharedExpand
+from onnxslim_llm.passes.lower.attention.shared_expand import SharedExpand
 from onnxslim_llm.rewrite.edit import Builder
 from onnxslim_llm.rewrite.facts import onnx_type, rank_of
 

@@ -11,7 +11,7 @@ from onnxslim_llm.concepts.attention import AttentionForm, attention_form
 from onnxslim_llm.ir.shapes import SymbolicValues
 from onnxslim_llm.ir.shapes.dims import Dim, Expr
 from onnxslim_llm.ir.shapes.symbolic import UNKNOWN
-from onnxslim_llm.passes.lower.input_sizes import InputSizes
+from onnxslim_llm.passes.lower.attention.input_sizes import InputSizes
 from onnxslim_llm.rewrite.edit import Builder
 
 __all__ = ["AttentionCall"]

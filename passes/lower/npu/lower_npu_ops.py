@@ -13,10 +13,10 @@ from onnxslim_llm.concepts.concept import calls
 from onnxslim_llm.concepts.normalization import RMS_NORM
 from onnxslim_llm.concepts.opset import raise_opset
 from onnxslim_llm.ir.shapes import infer_shapes
-from onnxslim_llm.passes.lower.activation_ops import GELU_OPSET, gelu, swish_product
-from onnxslim_llm.passes.lower.concept_calls import Lowering, lower_calls
 from onnxslim_llm.passes.lower.empty_operands import drop_empty_operands
-from onnxslim_llm.passes.lower.norm_ops import RMS_NORM_OPSET, rms_normalization
+from onnxslim_llm.passes.lower.operators.activation_ops import GELU_OPSET, gelu, swish_product
+from onnxslim_llm.passes.lower.operators.concept_calls import Lowering, lower_calls
+from onnxslim_llm.passes.lower.operators.norm_ops import RMS_NORM_OPSET, rms_normalization
 from onnxslim_llm.rewrite.edit import Builder
 from onnxslim_llm.rewrite.passes import Change, Pass
 from onnxslim_llm.rewrite.registry import make_pass

@@ -7,8 +7,8 @@ from typing import Any
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
-from onnxslim_llm.passes.lower.attention_call import AttentionCall
-from onnxslim_llm.passes.lower.attention_masks import Masks
+from onnxslim_llm.passes.lower.attention.attention_call import AttentionCall
+from onnxslim_llm.passes.lower.attention.attention_masks import Masks
 from onnxslim_llm.rewrite.edit import Builder
 
 __all__ = ["FIRST_OPSET", "STANDARD_OPSET", "standard_attention"]

@@ -11,12 +11,12 @@ from onnxslim_llm.concepts.normalization import RMS_NORM
 from onnxslim_llm.concepts.opset import raise_opset
 from onnxslim_llm.concepts.rotary import ROTARY
 from onnxslim_llm.ir.shapes import infer_shapes
-from onnxslim_llm.passes.lower.activation_ops import bias_gelu, quick_gelu
-from onnxslim_llm.passes.lower.concept_calls import Lowering, lower_calls
-from onnxslim_llm.passes.lower.norm_ops import rms_normalization
-from onnxslim_llm.passes.lower.rotary_ops import rotary_embedding
-from onnxslim_llm.passes.lower.shared_expand import SharedExpand
-from onnxslim_llm.passes.lower.skip_norm_ops import CONTRIB_DOMAIN, fold_residuals
+from onnxslim_llm.passes.lower.attention.shared_expand import SharedExpand
+from onnxslim_llm.passes.lower.operators.activation_ops import bias_gelu, quick_gelu
+from onnxslim_llm.passes.lower.operators.concept_calls import Lowering, lower_calls
+from onnxslim_llm.passes.lower.operators.norm_ops import rms_normalization
+from onnxslim_llm.passes.lower.operators.rotary_ops import rotary_embedding
+from onnxslim_llm.passes.lower.operators.skip_norm_ops import CONTRIB_DOMAIN, fold_residuals
 from onnxslim_llm.rewrite.edit import remove_dead
 from onnxslim_llm.rewrite.engine import graph_output_ids
 from onnxslim_llm.rewrite.passes import Change, Pass

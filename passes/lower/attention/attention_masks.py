@@ -10,8 +10,8 @@ import onnx_graphsurgeon as gs
 
 from onnxslim_llm.ir.shapes import SymbolicValues
 from onnxslim_llm.ir.shapes.dims import Dim
-from onnxslim_llm.passes.lower.attention_call import AttentionCall
-from onnxslim_llm.passes.lower.input_sizes import InputSizes
+from onnxslim_llm.passes.lower.attention.attention_call import AttentionCall
+from onnxslim_llm.passes.lower.attention.input_sizes import InputSizes
 from onnxslim_llm.rewrite.constants import constant_value
 from onnxslim_llm.rewrite.edit import Builder
 

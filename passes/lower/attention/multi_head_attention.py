@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxslim_llm.passes.lower.attention_call import AttentionCall
-from onnxslim_llm.passes.lower.attention_masks import Masks
-from onnxslim_llm.passes.lower.grouped_attention import CONTRIB_DOMAIN
+from onnxslim_llm.passes.lower.attention.attention_call import AttentionCall
+from onnxslim_llm.passes.lower.attention.attention_masks import Masks
+from onnxslim_llm.passes.lower.attention.grouped_attention import CONTRIB_DOMAIN
 from onnxslim_llm.rewrite.edit import Builder
 
 __all__ = ["multi_head_attention", "reason_against_multi_head"]

@@ -6,7 +6,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from onnxslim_llm.ir.weights import AliasWeight
-from onnxslim_llm.passes.lower.codes import BlockCall, Constants
+from onnxslim_llm.passes.lower.weights.codes import BlockCall, Constants
 from onnxslim_llm.rewrite.edit import Builder
 
 __all__ = ["gather_nbits"]

@@ -10,8 +10,8 @@ import onnx_graphsurgeon as gs
 from onnxslim_llm.concepts.block_weights import BlockJob
 from onnxslim_llm.concepts.packed_weights import PackedBlockJob
 from onnxslim_llm.ir.weights import weight_of
-from onnxslim_llm.passes.lower.codes import BlockCall
-from onnxslim_llm.passes.lower.stored_job import StoredJob
+from onnxslim_llm.passes.lower.stored.stored_job import StoredJob
+from onnxslim_llm.passes.lower.weights.codes import BlockCall
 from onnxslim_llm.rewrite.constants import constant_tensor, constant_value
 from onnxslim_llm.rewrite.facts import same_shape
 from onnxslim_llm.rewrite.schema import normal_domain

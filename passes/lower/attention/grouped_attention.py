@@ -15,9 +15,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
-from onnxslim_llm.passes.lower.attention_call import AttentionCall
-from onnxslim_llm.passes.lower.attention_masks import Masks
-from onnxslim_llm.passes.lower.input_sizes import InputSizes
+from onnxslim_llm.passes.lower.attention.attention_call import AttentionCall
+from onnxslim_llm.passes.lower.attention.attention_masks import Masks
+from onnxslim_llm.passes.lower.attention.input_sizes import InputSizes
 from onnxslim_llm.rewrite.edit import Builder
 
 __all__ = ["CONTRIB_DOMAIN", "Lengths", "grouped_attention", "reason_against"]

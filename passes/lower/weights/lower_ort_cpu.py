@@ -10,12 +10,12 @@ import onnx_graphsurgeon as gs
 from onnxslim_llm.concepts.concept import calls, drop_unused_functions, inline_call, replace_nodes
 from onnxslim_llm.errors import CompilerBug, UsageError
 from onnxslim_llm.ir.model import Model
-from onnxslim_llm.passes.lower.accuracy_choice import LevelChoice, check_largest_error
-from onnxslim_llm.passes.lower.activation_rounding import LARGEST_ERROR
-from onnxslim_llm.passes.lower.codes import BlockCall, Constants, take_calls
-from onnxslim_llm.passes.lower.nbits_gather import gather_nbits
-from onnxslim_llm.passes.lower.stored_job import widened
-from onnxslim_llm.passes.lower.stored_nodes import check_own_operators
+from onnxslim_llm.passes.lower.stored.stored_job import widened
+from onnxslim_llm.passes.lower.stored.stored_nodes import check_own_operators
+from onnxslim_llm.passes.lower.weights.accuracy_choice import LevelChoice, check_largest_error
+from onnxslim_llm.passes.lower.weights.activation_rounding import LARGEST_ERROR
+from onnxslim_llm.passes.lower.weights.codes import BlockCall, Constants, take_calls
+from onnxslim_llm.passes.lower.weights.nbits_gather import gather_nbits
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.edit import Builder
 from onnxslim_llm.rewrite.passes import Change, Pass

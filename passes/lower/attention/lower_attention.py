@@ -14,12 +14,17 @@ from onnxslim_llm.concepts.opset import raise_opset
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.topology import sort_nodes
-from onnxslim_llm.passes.lower.attention_call import AttentionCall
-from onnxslim_llm.passes.lower.attention_masks import Masks
-from onnxslim_llm.passes.lower.grouped_attention import CONTRIB_DOMAIN, Lengths, grouped_attention, reason_against
-from onnxslim_llm.passes.lower.input_sizes import InputSizes
-from onnxslim_llm.passes.lower.multi_head_attention import multi_head_attention, reason_against_multi_head
-from onnxslim_llm.passes.lower.standard_attention import FIRST_OPSET, STANDARD_OPSET, standard_attention
+from onnxslim_llm.passes.lower.attention.attention_call import AttentionCall
+from onnxslim_llm.passes.lower.attention.attention_masks import Masks
+from onnxslim_llm.passes.lower.attention.grouped_attention import (
+    CONTRIB_DOMAIN,
+    Lengths,
+    grouped_attention,
+    reason_against,
+)
+from onnxslim_llm.passes.lower.attention.input_sizes import InputSizes
+from onnxslim_llm.passes.lower.attention.multi_head_attention import multi_head_attention, reason_against_multi_head
+from onnxslim_llm.passes.lower.attention.standard_attention import FIRST_OPSET, STANDARD_OPSET, standard_attention
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.edit import Builder, detach, remove_dead
 from onnxslim_llm.rewrite.engine import graph_output_ids

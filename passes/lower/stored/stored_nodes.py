@@ -14,9 +14,9 @@ from onnxslim_llm.custom_ops import ops
 from onnxslim_llm.errors import ModelError
 from onnxslim_llm.ir.ownership import is_overridable
 from onnxslim_llm.ir.weights import SparseWeight, Weight, weight_of
-from onnxslim_llm.passes.lower.element_types import element_type
-from onnxslim_llm.passes.lower.stored_job import StoredJob
-from onnxslim_llm.passes.lower.stored_sources import NBitsSource, PackedSource, StoredSource
+from onnxslim_llm.passes.lower.operators.element_types import element_type
+from onnxslim_llm.passes.lower.stored.stored_job import StoredJob
+from onnxslim_llm.passes.lower.stored.stored_sources import NBitsSource, PackedSource, StoredSource
 from onnxslim_llm.rewrite.constants import constant_value
 from onnxslim_llm.rewrite.schema import normal_domain
 

@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.topology import sort_nodes
-from onnxslim_llm.passes.lower.legal_bias import HIDES, LegalBiases, hides, producer_of
+from onnxslim_llm.passes.lower.npu.legal_bias import HIDES, LegalBiases, hides, producer_of
 from onnxslim_llm.rewrite.edit import Builder, redirect, remove_dead
 from onnxslim_llm.rewrite.engine import graph_output_ids
 from onnxslim_llm.rewrite.passes import Change, Pass

@@ -14,11 +14,16 @@ from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.metadata import IN_PLACE_CACHE, set_metadata
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.shapes import SymbolicValues, infer_shapes
-from onnxslim_llm.passes.lower.attention_call import AttentionCall
-from onnxslim_llm.passes.lower.attention_masks import Masks
-from onnxslim_llm.passes.lower.grouped_attention import CONTRIB_DOMAIN, Lengths, grouped_attention, reason_against
-from onnxslim_llm.passes.lower.input_sizes import InputSizes
-from onnxslim_llm.passes.lower.lower_attention import finish, take_over
+from onnxslim_llm.passes.lower.attention.attention_call import AttentionCall
+from onnxslim_llm.passes.lower.attention.attention_masks import Masks
+from onnxslim_llm.passes.lower.attention.grouped_attention import (
+    CONTRIB_DOMAIN,
+    Lengths,
+    grouped_attention,
+    reason_against,
+)
+from onnxslim_llm.passes.lower.attention.input_sizes import InputSizes
+from onnxslim_llm.passes.lower.attention.lower_attention import finish, take_over
 from onnxslim_llm.rewrite.edit import Builder, detach, redirect
 from onnxslim_llm.rewrite.passes import Change, Pass
 

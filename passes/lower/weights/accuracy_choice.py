@@ -10,8 +10,8 @@ from typing import Any, Literal
 from onnxslim_llm.concepts.block_weights import Accuracy, BlockJob
 from onnxslim_llm.custom_ops.matmul_reference import DOT_ROWS
 from onnxslim_llm.errors import UsageError
-from onnxslim_llm.passes.lower.activation_rounding import RoundingErrors, RoundingLoss
-from onnxslim_llm.passes.lower.codes import BlockCall
+from onnxslim_llm.passes.lower.weights.activation_rounding import RoundingErrors, RoundingLoss
+from onnxslim_llm.passes.lower.weights.codes import BlockCall
 from onnxslim_llm.rewrite.context import Context
 
 __all__ = ["AccuracyChoice", "LevelChoice", "check_largest_error"]

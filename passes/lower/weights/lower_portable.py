@@ -12,10 +12,10 @@ from onnxslim_llm.concepts.concept import calls, drop_unused_functions, inline_c
 from onnxslim_llm.errors import CompilerBug, UsageError
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.weights import ViewWeight, dtypes
-from onnxslim_llm.passes.lower.codes import BlockCall, Constants, take_calls
-from onnxslim_llm.passes.lower.stored_job import widened
-from onnxslim_llm.passes.lower.stored_nodes import check_own_operators
-from onnxslim_llm.passes.lower.tables import gather_columns, gather_rows
+from onnxslim_llm.passes.lower.stored.stored_job import widened
+from onnxslim_llm.passes.lower.stored.stored_nodes import check_own_operators
+from onnxslim_llm.passes.lower.weights.codes import BlockCall, Constants, take_calls
+from onnxslim_llm.passes.lower.weights.tables import gather_columns, gather_rows
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.edit import Builder
 from onnxslim_llm.rewrite.passes import Change, Pass

@@ -16,7 +16,7 @@ from onnxslim_llm.custom_ops.layout import BlockSpec, Layout, TileBuffers, colum
 from onnxslim_llm.custom_ops.packed import STRIP_COLUMNS
 from onnxslim_llm.custom_ops.packing import pack, unpack
 from onnxslim_llm.ir.weights.jobs import TensorSpec, Tile, TileOutput
-from onnxslim_llm.passes.lower.stored_sources import Columns, RangeSource, StoredSource, WidenedSource
+from onnxslim_llm.passes.lower.stored.stored_sources import Columns, RangeSource, StoredSource, WidenedSource
 
 __all__ = ["StoredJob", "widened"]
 

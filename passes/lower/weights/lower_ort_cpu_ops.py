@@ -18,11 +18,11 @@ from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.topology import sort_nodes
 from onnxslim_llm.ir.weights.jobs import derive
-from onnxslim_llm.passes.lower.accuracy_choice import AccuracyChoice, check_largest_error
-from onnxslim_llm.passes.lower.activation_rounding import LARGEST_ERROR
-from onnxslim_llm.passes.lower.codes import BlockCall, Constants, take_calls
-from onnxslim_llm.passes.lower.epilogues import Epilogue, find_epilogue
-from onnxslim_llm.passes.lower.pack_job import PackJob
+from onnxslim_llm.passes.lower.weights.accuracy_choice import AccuracyChoice, check_largest_error
+from onnxslim_llm.passes.lower.weights.activation_rounding import LARGEST_ERROR
+from onnxslim_llm.passes.lower.weights.codes import BlockCall, Constants, take_calls
+from onnxslim_llm.passes.lower.weights.epilogues import Epilogue, find_epilogue
+from onnxslim_llm.passes.lower.weights.pack_job import PackJob
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.edit import Builder, detach
 from onnxslim_llm.rewrite.engine import graph_output_ids

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from onnxslim_llm.concepts.block_weights import BlockJob
 from onnxslim_llm.custom_ops.matmul_reference import quantize_activations
-from onnxslim_llm.passes.lower.norm_inputs import norm_of
+from onnxslim_llm.passes.lower.weights.norm_inputs import norm_of
 
 if TYPE_CHECKING:
     from onnxslim_llm.stats.moments import Moments

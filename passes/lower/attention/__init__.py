@@ -1,0 +1,1 @@
+"""Attention and its KV caches in the operators of a target."""

@@ -1,0 +1,1 @@
+"""Products and look-ups with few-bit weights in the operators of a target."""
