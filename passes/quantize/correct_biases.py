@@ -17,7 +17,7 @@ from onnxslim_llm.passes.quantize.codes.calibrated_job import CalibratedJob
 from onnxslim_llm.passes.quantize.codes.columns import columns_of
 from onnxslim_llm.passes.quantize.codes.job import QuantizeJob
 from onnxslim_llm.passes.quantize.codes.trial import coded, lost
-from onnxslim_llm.passes.quantize.folding.owned_weights import Constants
+from onnxslim_llm.products.owned_weights import Constants
 from onnxslim_llm.rewrite.edit import Builder
 from onnxslim_llm.rewrite.passes import Change, Pass
 from onnxslim_llm.rewrite.schema import normal_domain

@@ -16,8 +16,6 @@ from onnxslim_llm.passes.quantize.codes.columns import columns_of
 from onnxslim_llm.passes.quantize.codes.trial import quickly_coded
 from onnxslim_llm.passes.quantize.folding.fold_sites import find_fold_sites
 from onnxslim_llm.passes.quantize.folding.following import following_quantizer
-from onnxslim_llm.passes.quantize.folding.owned_weights import Constants
-from onnxslim_llm.passes.quantize.folding.transform_job import Rotate
 from onnxslim_llm.passes.quantize.rotation.fold_rotation import RotationFold
 from onnxslim_llm.passes.quantize.rotation.residual_stream import (
     ResidualStream,
@@ -25,8 +23,10 @@ from onnxslim_llm.passes.quantize.rotation.residual_stream import (
     find_residual_stream,
     is_uniform,
 )
+from onnxslim_llm.passes.quantize.rotation.rotate_step import Rotate
 from onnxslim_llm.passes.quantize.rotation.rotation import Rotated, Rotation
 from onnxslim_llm.passes.quantize.rotation.rotation_gain import head_errors, relative_errors
+from onnxslim_llm.products.owned_weights import Constants
 from onnxslim_llm.rewrite.passes import Change, Pass
 from onnxslim_llm.rewrite.stage import Stage
 

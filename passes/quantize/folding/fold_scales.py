@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxslim_llm.passes.quantize.folding.fold_sites import FoldSite
-from onnxslim_llm.passes.quantize.folding.owned_weights import Constants
-from onnxslim_llm.passes.quantize.folding.transform_job import Scale
+from onnxslim_llm.products.owned_weights import Constants
+from onnxslim_llm.products.transform_job import Scale
 from onnxslim_llm.stats.transforms import Scaled
 
 if TYPE_CHECKING:

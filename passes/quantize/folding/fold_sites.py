@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from onnxslim_llm.concepts.attention import attention_form, is_attention
 from onnxslim_llm.concepts.normalization import RMS_NORM
-from onnxslim_llm.passes.quantize.folding.owned_weights import Constants, Product
+from onnxslim_llm.products.owned_weights import Constants, Product
 from onnxslim_llm.products.reads import read_weight
 from onnxslim_llm.rewrite.constants import constant_tensor
 from onnxslim_llm.rewrite.facts import rank_of

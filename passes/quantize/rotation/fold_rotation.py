@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from onnxslim_llm.concepts.concept import replace_nodes
 from onnxslim_llm.concepts.normalization import RMS_NORM
 from onnxslim_llm.ir.weights import constant, weight_of
-from onnxslim_llm.passes.quantize.folding.owned_weights import Constants, Product
-from onnxslim_llm.passes.quantize.folding.transform_job import Centre, Rotate, Scale, Step, transformed
 from onnxslim_llm.passes.quantize.rotation.residual_stream import NormRead, ResidualStream
+from onnxslim_llm.passes.quantize.rotation.rotate_step import Rotate
 from onnxslim_llm.passes.quantize.rotation.rotation import Rotated, Rotation
+from onnxslim_llm.products.owned_weights import Constants, Product
+from onnxslim_llm.products.transform_job import Centre, Scale, Step, transformed
 from onnxslim_llm.rewrite.edit import Builder, detach
 from onnxslim_llm.stats.transforms import Scaled
 

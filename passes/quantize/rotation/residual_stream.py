@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from onnxslim_llm.ir.roles import constant_roles
 from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.passes.quantize.folding.fold_sites import norm_vectors
-from onnxslim_llm.passes.quantize.folding.owned_weights import Constants, Product
+from onnxslim_llm.products.owned_weights import Constants, Product
 from onnxslim_llm.products.reads import k_axis_of, read_weight
 from onnxslim_llm.rewrite.constants import constant_tensor, constant_value
 from onnxslim_llm.rewrite.facts import rank_of

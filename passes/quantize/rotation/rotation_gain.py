@@ -12,9 +12,10 @@ from onnxslim_llm.ir.weights.weight import Weight
 from onnxslim_llm.passes.quantize.codes.columns import columns_of
 from onnxslim_llm.passes.quantize.codes.trial import held_error, lost
 from onnxslim_llm.passes.quantize.folding.fold_sites import FoldSite
-from onnxslim_llm.passes.quantize.folding.owned_weights import Constants, Product
-from onnxslim_llm.passes.quantize.folding.transform_job import Rotate, transformed
+from onnxslim_llm.passes.quantize.rotation.rotate_step import Rotate
 from onnxslim_llm.passes.quantize.rotation.rotation import Rotated, Rotation
+from onnxslim_llm.products.owned_weights import Constants, Product
+from onnxslim_llm.products.transform_job import transformed
 from onnxslim_llm.stats.statistics import StoredMoments
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from onnxslim_llm.ir.ownership import is_overridable
 from onnxslim_llm.ir.weights import constant, weight_of
 from onnxslim_llm.ir.weights.sparse import SparseWeight
 from onnxslim_llm.ir.weights.weight import Weight
-from onnxslim_llm.passes.quantize.folding.transform_job import Step, transformed
 from onnxslim_llm.products.reads import k_axis_of, product_reason, read_weight
+from onnxslim_llm.products.transform_job import Step, transformed
 from onnxslim_llm.rewrite.engine import graph_output_ids
 from onnxslim_llm.rewrite.schema import normal_domain
 

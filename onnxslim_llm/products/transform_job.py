@@ -1,4 +1,4 @@
-"""The recorded work of scaling, rotating or centring a weight along its axes."""
+"""The recorded work of linear changes of a weight along its axes: scaling, centring, and what passes add."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from onnxslim_llm.ir.weights.jobs import DerivedWeight, TensorSpec, Tile, TileOutput, WeightJob, derive
 from onnxslim_llm.ir.weights.weight import Weight
-from onnxslim_llm.passes.quantize.rotation.rotation import Rotation
 
-__all__ = ["Centre", "Rotate", "Scale", "Step", "TransformJob", "transformed"]
+__all__ = ["Centre", "Scale", "Step", "TransformJob", "transformed"]
 
 Array = NDArray[Any]
 
@@ -71,29 +70,6 @@ class Scale(Step):
         """Identifies what is done."""
         content = np.ascontiguousarray(self.factor, np.float64).tobytes()
         return f"scale axis {self.axis} {hashlib.sha256(content).hexdigest()}"
-
-
-@dataclass(frozen=True)
-class Rotate(Step):
-    """Multiply the vectors along the axis by an orthogonal matrix: v' = v R.
-
-    Attributes:
-        rotation: R.
-    """
-
-    mixes: ClassVar[bool] = True
-
-    rotation: Rotation
-
-    def apply(self, matrix: Array, part: slice) -> Array:
-        """Return the rotated piece."""
-        moved = np.moveaxis(matrix, self.axis, -1)
-        return np.moveaxis(self.rotation.apply(np.ascontiguousarray(moved)), -1, self.axis)
-
-    @property
-    def digest(self) -> str:
-        """Identifies what is done."""
-        return f"rotate axis {self.axis} {self.rotation.digest}"
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from onnxslim_llm.ir.weights import ArrayWeight, DerivedWeight
-from onnxslim_llm.passes.quantize.folding import transform_job
-from onnxslim_llm.passes.quantize.folding.transform_job import Centre, Rotate, Scale, Step, TransformJob, transformed
+from onnxslim_llm.passes.quantize.rotation.rotate_step import Rotate
 from onnxslim_llm.passes.quantize.rotation.rotation import Rotation
+from onnxslim_llm.products import transform_job
+from onnxslim_llm.products.transform_job import Centre, Scale, Step, TransformJob, transformed
 
 Array = np.ndarray[Any, Any]
 
