@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from onnxslim_llm.errors import UsageError, did_you_mean
 from onnxslim_llm.rewrite.passes import Pass
 from onnxslim_llm.rewrite.registry import make_pass
-from onnxslim_llm.rewrite.syntax import format_step, parse_value
+from onnxslim_llm.rewrite.syntax import format_step, format_value, parse_value
 
 __all__ = ["Recipe", "Step", "preset_names"]
 
@@ -147,6 +147,15 @@ class Recipe(BaseModel):
         """Return the recipe with every option spelled out: it reproduces the artifact."""
         passes = [{"name": p.name, **p.options()} for p in self.build()]
         return {**self.model_dump(exclude={"passes"}), "passes": passes}
+
+    def to_toml(self) -> str:
+        """Return the text of a recipe file that `load` reads back, with the options as they were given."""
+        head = {"description": self.description, "when": self.when, "gates": self.gates}
+        lines = [f"{key} = {format_value(value)}" for key, value in head.items() if value]
+        for step in self.passes:
+            lines += ["", "[[passes]]"]
+            lines += [f"{key} = {format_value(value)}" for key, value in step.model_dump().items()]
+        return "\n".join(lines) + "\n"
 
     def digest(self) -> str:
         """Return a SHA-256 of the resolved recipe."""

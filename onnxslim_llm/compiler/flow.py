@@ -81,6 +81,7 @@ def compile(  # noqa: A001
     verify: VerifyLevel = "fast",
     resume: bool = False,
     force: bool = False,
+    statistics: str | Path | None = None,
     progress: Progress | None = None,
 ) -> CompileResult:
     """Compile a model and publish the artifact, or raise and leave everything as it was.
@@ -108,6 +109,8 @@ def compile(  # noqa: A001
             ("full"), or not at all ("off": then the source's external data are not hashed either).
         resume: Go on from an interrupted compile of the same model and recipe.
         force: Replace an existing artifact.
+        statistics: A folder that keeps calibration statistics for further compiles of the same model and data; by
+            default they go as soon as the weights are written.
         progress: Told what happens.
 
     Raises:
@@ -158,7 +161,8 @@ def compile(  # noqa: A001
             source_hashes = hasher.submit(path.parent, [path.name, *weights])
         account.notes += staging.notes
         given = Path(calib) if calib else None
-        calibrator = Calibrator(path, given, staging.directory / STATISTICS_NAME, account.threads, progress)
+        kept = Path(statistics) if statistics is not None else staging.directory / STATISTICS_NAME
+        calibrator = Calibrator(path, given, kept, account.threads, progress)
         text = given if given and str(given) != SELF and given.suffix != ".jsonl" else None
         fixed = None
         if shapes.text:
@@ -180,7 +184,8 @@ def compile(  # noqa: A001
             exact = all(step.lossless for step in chosen.build())
             what = "the int8 KV cache costs" if exact else "the recipe and the int8 KV cache cost"
             account.note(f"{what} a mean KL divergence of {verified.kl_mean:.2g}")
-        calibrator.discard()
+        if statistics is None:
+            calibrator.discard()
         quality = judge.measure(staging.directory / MODEL_NAME)
         account.layers = judge.diagnose(account.layers, staging.directory / MODEL_NAME)
         if fixed is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from onnxslim_llm.errors import UsageError
 
-__all__ = ["format_pipeline", "format_step", "parse_pipeline", "parse_value"]
+__all__ = ["format_pipeline", "format_step", "format_value", "parse_pipeline", "parse_value", "split_items"]
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PAIRS = {"{": "}", "[": "]"}
@@ -34,7 +34,7 @@ def parse_pipeline(text: str) -> list[tuple[str, dict[str, Any]]]:
         UsageError: The text does not follow the notation; the message shows the place.
     """
     steps = []
-    for part in _split(text, text):
+    for part in split_items(text, text):
         match = _NAME.match(part)
         if match is None:
             raise UsageError(f"a pass name is expected at '{part}'", where=text, todo="write: name{option=value, ...}")
@@ -42,7 +42,7 @@ def parse_pipeline(text: str) -> list[tuple[str, dict[str, Any]]]:
         if rest and not (rest.startswith("{") and rest.endswith("}")):
             raise UsageError(f"unexpected '{rest}' after '{name}'", where=text, todo="write: name{option=value, ...}")
         options: dict[str, Any] = {}
-        for item in _split(rest[1:-1], text) if rest else ():
+        for item in split_items(rest[1:-1], text) if rest else ():
             key, equals, value = item.partition("=")
             if not equals or not _NAME.fullmatch(key.strip()):
                 raise UsageError(f"'{item}' is not of the form option=value", where=text)
@@ -55,7 +55,7 @@ def format_step(name: str, options: dict[str, Any]) -> str:
     """Return one step as text that `parse_pipeline` reads back."""
     if not options:
         return name
-    return name + "{" + ", ".join(f"{key}={_toml(value)}" for key, value in options.items()) + "}"
+    return name + "{" + ", ".join(f"{key}={format_value(value)}" for key, value in options.items()) + "}"
 
 
 def format_pipeline(steps: list[tuple[str, dict[str, Any]]]) -> str:
@@ -63,16 +63,21 @@ def format_pipeline(steps: list[tuple[str, dict[str, Any]]]) -> str:
     return ", ".join(format_step(name, options) for name, options in steps)
 
 
-def _toml(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """Return the TOML text of a value."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{k} = {format_value(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml(v) for v in value) + "]"
+        return "[" + ", ".join(format_value(v) for v in value) + "]"
     return json.dumps(value)  # TOML's strings, numbers and booleans are JSON's
 
 
-def _split(text: str, whole: str) -> list[str]:
-    """Split at commas that are outside of brackets and quotes; empty parts vanish."""
+def split_items(text: str, whole: str) -> list[str]:
+    """Return the parts of `text` between commas that are outside of brackets and quotes; empty parts vanish.
+
+    Raises:
+        UsageError: A bracket or quote is not closed; `whole` is shown.
+    """
     parts, start, closers, quote, escaped = [], 0, [], "", False
     for i, char in enumerate(text):
         if quote:
