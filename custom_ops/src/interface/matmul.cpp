@@ -83,11 +83,48 @@ const char* osl_unpack_weight(const void* packed, int64_t bytes, uint8_t* codes,
     return nullptr;
 }
 
+int64_t osl_sparse_bytes(const void* packed, int64_t bytes) {
+    osl::PackedWeight w;
+    if (bytes < 0 || osl::parse_packed_weight(packed, (size_t)bytes, &w) != nullptr) return -1;
+    return osl::sparse_weight_bytes(w);
+}
+
+const char* osl_make_sparse(const void* packed, int64_t bytes, int64_t sparse_bytes, uint8_t* sparse) {
+    osl::PackedWeight w;
+    if (bytes < 0) return "the number of bytes is negative";
+    if (const char* error = osl::parse_packed_weight(packed, (size_t)bytes, &w)) return error;
+    if (sparse == nullptr || sparse_bytes != osl::sparse_weight_bytes(w)) return "the result has another size";
+    osl::make_sparse(w, sparse_bytes, sparse);
+    return nullptr;
+}
+
+int64_t osl_expanded_bytes(const void* sparse, int64_t bytes) {
+    osl::SparseWeight s;
+    if (bytes < 0 || osl::parse_sparse_weight(sparse, (size_t)bytes, &s) != nullptr) return -1;
+    return osl::expanded_bytes(s);
+}
+
+const char* osl_expand_weight(const void* sparse, int64_t bytes, int32_t isa, uint8_t* packed) {
+    osl::SparseWeight s;
+    if (bytes < 0) return "the number of bytes is negative";
+    if (const char* error = osl::parse_sparse_weight(sparse, (size_t)bytes, &s)) return error;
+    if (packed == nullptr) return "an array is missing";
+    if (!osl::supports((osl::KernelIsa)isa)) return "this machine lacks the instruction set";
+    osl::expand_weight(s, (osl::KernelIsa)isa, packed);
+    return nullptr;
+}
+
 const char* osl_matmul(const OslMatMulArgs* args, int64_t threads) {
-    osl::PackedWeight weight;
     if (args == nullptr || args->packed_bytes < 0) return "the arguments are missing";
-    if (const char* error = osl::parse_packed_weight(args->packed, (size_t)args->packed_bytes, &weight)) return error;
-    const osl::MatMulProblem problem = problem_of(*args, weight);
+    osl::PackedWeight weight;
+    osl::SparseWeight sparse;
+    const size_t bytes = (size_t)args->packed_bytes;
+    const bool is_sparse = osl::has_sparse_magic(args->packed, bytes);
+    const char* wrong = is_sparse ? osl::parse_sparse_weight(args->packed, bytes, &sparse)
+                                  : osl::parse_packed_weight(args->packed, bytes, &weight);
+    if (wrong != nullptr) return wrong;
+    osl::MatMulProblem problem = problem_of(*args, is_sparse ? sparse.packed : weight);
+    if (is_sparse) problem.sparse = &sparse;
     osl::MatMulPlan plan;
     if (const char* error = osl::plan_matmul(problem, threads, (osl::KernelIsa)args->isa, &plan)) return error;
     const std::unique_ptr<void, Free> scratch(std::malloc((size_t)plan.scratch_bytes + 1));

@@ -50,5 +50,12 @@ OSL_EXPORT const char* osl_pack_weight(const OslPackedScheme* scheme, const uint
 OSL_EXPORT const char* osl_parse_packed(const void* packed, int64_t bytes, OslPackedScheme* scheme);
 OSL_EXPORT const char* osl_unpack_weight(const void* packed, int64_t bytes, uint8_t* codes, void* scales,
                                          uint8_t* zero_points);
-// A whole product, its units one after the other as `threads` threads would share them. Null or what is wrong.
+// The sparse form of a packed weight (packing/sparse_weight.h) and back; bytes of either form, or -1 where `packed`
+// or `sparse` is not what it should be.
+OSL_EXPORT int64_t osl_sparse_bytes(const void* packed, int64_t bytes);
+OSL_EXPORT const char* osl_make_sparse(const void* packed, int64_t bytes, int64_t sparse_bytes, uint8_t* sparse);
+OSL_EXPORT int64_t osl_expanded_bytes(const void* sparse, int64_t bytes);
+OSL_EXPORT const char* osl_expand_weight(const void* sparse, int64_t bytes, int32_t isa, uint8_t* packed);
+// A whole product, its units one after the other as `threads` threads would share them. Null or what is wrong. `packed`
+// may be sparse.
 OSL_EXPORT const char* osl_matmul(const OslMatMulArgs* args, int64_t threads);

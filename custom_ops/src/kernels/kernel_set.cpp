@@ -3,6 +3,7 @@
 #include "kernels/kernel_set.h"
 
 #include "kernels/epilogue.h"
+#include "kernels/expand_strips.h"
 #include "kernels/float_tile.h"
 #include "kernels/prepare.h"
 #if defined(OSL_TILE_HEADER)
@@ -27,7 +28,7 @@ void prepare(const MatMulProblem& p, const MatMulPlan& plan, uint8_t* scratch, i
     return prepare_int8(p, scratch, first, last);
 }
 
-void run(const MatMulProblem& p, const MatMulPlan& plan, uint8_t* scratch, int64_t first, int64_t last) {
+void run_packed(const MatMulProblem& p, const MatMulPlan& plan, uint8_t* scratch, int64_t first, int64_t last) {
 #if defined(__AMX_BF16__)
     if (plan.method == kMethodAmxBf16) return run_bf16(p, plan, scratch, first, last);
 #endif
@@ -55,10 +56,24 @@ void run(const MatMulProblem& p, const MatMulPlan& plan, uint8_t* scratch, int64
     }
 }
 
+void run(const MatMulProblem& p, const MatMulPlan& plan, uint8_t* scratch, int64_t first, int64_t last) {
+    if (p.sparse == nullptr) return run_packed(p, plan, scratch, first, last);
+    uint8_t* expanded = scratch + plan.expanded_at + first / plan.strips_per_run_unit * plan.expanded_bytes;
+    MatMulProblem part = p;
+    part.sparse = nullptr;
+    for (int64_t strip = first; strip < last; strip += plan.expanded_strips) {
+        const int64_t end = last - strip < plan.expanded_strips ? last : strip + plan.expanded_strips;
+        expand_strips_any(*p.sparse, strip, end, expanded);
+        // Where strip 0 would be: only those that were expanded are read.
+        part.b.strips = (const uint8_t*)((uintptr_t)expanded - (uintptr_t)(strip * p.b.strip_bytes));
+        run_packed(part, plan, scratch, strip, end);
+    }
+}
+
 }  // namespace
 
 extern const KernelSet kKernels;
-const KernelSet kKernels = {prepare, run};
+const KernelSet kKernels = {prepare, run, expand_strips_any};
 
 }  // namespace OSL_ISA
 }  // namespace osl

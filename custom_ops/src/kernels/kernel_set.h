@@ -84,6 +84,8 @@ struct KernelSet {
                     int64_t last);
     // Strips [first, last); even numbers of them where there is a gate.
     void (*run)(const MatMulProblem& problem, const MatMulPlan& plan, uint8_t* scratch, int64_t first, int64_t last);
+    // Strips [first, last) of a sparse weight.
+    void (*expand)(const SparseWeight& weight, int64_t first, int64_t last, uint8_t* strips);
 };
 
 #define OSL_DECLARE_KERNELS(isa)     \

@@ -33,7 +33,8 @@ const KernelSet& kernels_of(KernelIsa isa) {
 bool within(int32_t value, int32_t last) { return value >= 0 && value <= last; }
 
 const char* check(const MatMulProblem& p, int64_t threads) {
-    if (p.b.strips == nullptr || p.b.rows < 1 || p.b.columns < 1) return "the packed weight was not parsed";
+    if ((p.b.strips == nullptr && p.sparse == nullptr) || p.b.rows < 1 || p.b.columns < 1)
+        return "the packed weight was not parsed";
     if (p.m < 0 || threads < 1) return "the number of rows or threads is out of range";
     if (p.m > 0 && (p.a == nullptr || p.y == nullptr)) return "a matrix is missing";
     if (!within(p.type, kBfloat16) || !within(p.accuracy, kInt8) || !within(p.activation, kGeluTanhGate))
@@ -78,6 +79,16 @@ int32_t method_of(const MatMulProblem& p, KernelIsa isa) {
 
 }  // namespace
 
+void expand_strips(const SparseWeight& weight, KernelIsa isa, int64_t first, int64_t last, uint8_t* strips) {
+    kernels_of(isa == kAutoIsa ? best_kernel_isa() : isa).expand(weight, first, last, strips);
+}
+
+void expand_weight(const SparseWeight& weight, KernelIsa isa, uint8_t* packed) {
+    const PackedHeader header = packed_header(weight.packed);
+    memcpy(packed, &header, sizeof header);
+    expand_strips(weight, isa, 0, weight.packed.strips_count, packed + sizeof header);
+}
+
 const char* plan_matmul(const MatMulProblem& p, int64_t threads, KernelIsa isa, MatMulPlan* plan) {
     const KernelIsa chosen = isa == kAutoIsa ? best_kernel_isa() : isa;
     if (!supports(chosen)) return "this machine lacks the instruction set";
@@ -102,7 +113,13 @@ const char* plan_matmul(const MatMulProblem& p, int64_t threads, KernelIsa isa, 
     if (amx) plan->unit_bytes = amx_unit_bytes(p.m, plan->strips_per_run_unit);
     plan->low_rank_at = activation_bytes(p, plan->method);
     plan->units_at = plan->low_rank_at + align_64(p.m * p.rank * (int64_t)sizeof(float));
-    plan->scratch_bytes = plan->units_at + plan->unit_bytes * plan->run_units + 63;
+    plan->expanded_at = plan->units_at + plan->unit_bytes * plan->run_units;
+    if (p.sparse != nullptr) {
+        // What is expanded stays in the cache of the core that multiplies with it: the second level's with AMX.
+        plan->expanded_strips = smaller(amx ? kBlockStrips : 2, plan->strips_per_run_unit);
+        plan->expanded_bytes = align_64(plan->expanded_strips * p.b.strip_bytes);
+    }
+    plan->scratch_bytes = plan->expanded_at + plan->expanded_bytes * plan->run_units + 63;
     return nullptr;
 }
 

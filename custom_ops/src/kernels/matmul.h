@@ -15,7 +15,7 @@
 // custom_ops/matmul_reference.py (numpy) is the specification.
 #pragma once
 
-#include "packing/packed_weight.h"
+#include "packing/sparse_weight.h"
 
 namespace osl {
 
@@ -57,9 +57,10 @@ constexpr int32_t kKernelIsas = 8;
 // Optional parts are null. Rows of every matrix are contiguous; strides are in elements. Leading dimensions of a
 // batch are folded into m.
 struct MatMulProblem {
-    PackedWeight b;  // [K, N]
-    const void* a;   // [m, K] of type `type`
-    void* y;         // [m, N], or [m, N / 2] with a gate, of type `type`
+    PackedWeight b;              // [K, N]
+    const SparseWeight* sparse;  // null; or b without its strips, which are expanded a few at a time
+    const void* a;               // [m, K] of type `type`
+    void* y;                     // [m, N], or [m, N / 2] with a gate, of type `type`
     int64_t m;
     int64_t a_stride;  // elements from a[i, 0] to a[i + 1, 0]
     int64_t y_stride;
@@ -87,6 +88,9 @@ struct MatMulPlan {
     int64_t unit_bytes;  // scratch of each run unit
     int64_t units_at;    // where that begins
     int64_t low_rank_at;
+    int64_t expanded_strips;  // at a time, of a sparse weight; 0 where its codes go from the bitmap into the product
+    int64_t expanded_bytes;   // scratch of each run unit
+    int64_t expanded_at;
 };
 
 // Columns of y.
@@ -98,6 +102,11 @@ static inline int64_t output_columns(const PackedWeight& b, Activation activatio
 const char* plan_matmul(const MatMulProblem& problem, int64_t threads, KernelIsa isa, MatMulPlan* plan);
 void prepare_matmul(const MatMulProblem& problem, const MatMulPlan& plan, void* scratch, int64_t begin, int64_t end);
 void run_matmul(const MatMulProblem& problem, const MatMulPlan& plan, void* scratch, int64_t begin, int64_t end);
+
+// The strips [first, last) of a sparse weight as they are in a packed one: the same bytes on every instruction set.
+void expand_strips(const SparseWeight& weight, KernelIsa isa, int64_t first, int64_t last, uint8_t* strips);
+// The whole of it, header included: expanded_bytes() of them.
+void expand_weight(const SparseWeight& weight, KernelIsa isa, uint8_t* packed);
 
 bool supports(KernelIsa isa);
 

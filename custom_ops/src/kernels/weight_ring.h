@@ -66,6 +66,7 @@ public:
     WeightRing(std::integral_constant<CodeFormat, kFormat>, const PanelWalk& start, uint8_t* ring)
         : w_(*start.weight),
           half_bytes_(w_.chunk_bytes / (w_.chunk_rows / kDotRows)),
+          unit_(w_.strips + start.first * w_.strip_bytes),
           making_(start),
           fetching_(start),
           ring_(ring) {
@@ -93,9 +94,9 @@ public:
     // A tile is made by begin_tile(), quarter() 0 to 3 of what that gave, and end_tile(), at leisure.
     template <CodeFormat kFormat>
     TileInWork<kFormat> begin_tile() {
-        // What lies beyond the weight is made of its first codes, and not read.
+        // What lies beyond the weight is made of the first codes of the unit, and not read.
         const bool exists = strip_ < strips_;
-        return {w_, exists ? chunk_ : w_.strips, exists ? half_ : 0, ring_ + back_};
+        return {w_, exists ? chunk_ : unit_, exists ? half_ : 0, ring_ + back_};
     }
     void end_tile() {
         spare_--;
@@ -153,7 +154,7 @@ private:
         if (making_.done()) {
             strips_ = 0;  // what is made from here on is not read
             left_ = INT32_MAX;
-            chunk_ = w_.strips;
+            chunk_ = unit_;
             return;
         }
         left_ = making_.steps();
@@ -162,7 +163,8 @@ private:
         chunk_ = making_.bytes();
     }
     const PackedWeight& w_;
-    const int32_t half_bytes_;  // of a strip, for 32 rows of K
+    const int32_t half_bytes_;   // of a strip, for 32 rows of K
+    const uint8_t* const unit_;  // its first strip
     PanelWalk making_, fetching_;
     uint8_t* const ring_;
     int32_t front_ = 0, back_ = 0;  // a step, a byte

@@ -75,44 +75,6 @@ void put_zero_point(const PackedWeight& w, uint8_t* chunk, int32_t block, int32_
         chunk[w.zeros_at + block / 2 * kStripColumns + column] |= (uint8_t)(zero << (block % 2 * 4));
 }
 
-PackedWeight view_of(const PackedScheme& s, int64_t rows, int64_t columns, ColumnOrder order, const uint8_t* strips) {
-    PackedWeight w;
-    w.strips = strips;
-    w.rows = rows;
-    w.columns = columns;
-    w.chunk_rows = chunk_rows_of(s);
-    w.chunk_bytes = chunk_bytes_of(s);
-    w.chunks = (int32_t)((rows + w.chunk_rows - 1) / w.chunk_rows);
-    w.padded_rows = (int64_t)w.chunks * w.chunk_rows;
-    w.strip_bytes = (int64_t)w.chunks * w.chunk_bytes;
-    w.strips_count = strip_count(columns, order);
-    w.scales_at = chunk_scales_at(s);
-    w.zeros_at = chunk_zeros_at(s);
-    w.block_shift = __builtin_ctz((unsigned)s.block);
-    w.scheme = s;
-    w.order = order;
-    return w;
-}
-
-void write_header(const PackedWeight& w, uint8_t* packed) {
-    PackedHeader header = {};
-    memcpy(header.magic, kPackedMagic, sizeof kPackedMagic);
-    header.version = kPackedVersion;
-    header.header_bytes = sizeof header;
-    header.bits = (uint8_t)w.scheme.bits;
-    header.scale_type = w.scheme.scale_type;
-    header.zero_points = w.scheme.zero_points;
-    header.column_order = w.order;
-    header.rows = w.rows;
-    header.columns = w.columns;
-    header.block = (uint32_t)w.scheme.block;
-    header.chunk_rows = (uint32_t)w.chunk_rows;
-    header.chunk_bytes = (uint32_t)w.chunk_bytes;
-    header.strip_columns = kStripColumns;
-    header.payload_bytes = w.strip_bytes * w.strips_count;
-    memcpy(packed, &header, sizeof header);
-}
-
 // Scales and zero points of one block: `n` is the column of the logical weight, or -1 for padding.
 void pack_block(const NBitsArrays& from, const PackedWeight& w, const NBitsStrides& strides, int64_t block, int64_t n,
                 int32_t column, uint8_t* chunk) {
@@ -195,6 +157,45 @@ void unpack_chunk(const PackedWeight& w, const NBitsStrides& strides, int64_t in
 
 }  // namespace
 
+PackedWeight view_packed_weight(const PackedScheme& s, int64_t rows, int64_t columns, ColumnOrder order,
+                                const uint8_t* strips) {
+    PackedWeight w;
+    w.strips = strips;
+    w.rows = rows;
+    w.columns = columns;
+    w.chunk_rows = chunk_rows_of(s);
+    w.chunk_bytes = chunk_bytes_of(s);
+    w.chunks = (int32_t)((rows + w.chunk_rows - 1) / w.chunk_rows);
+    w.padded_rows = (int64_t)w.chunks * w.chunk_rows;
+    w.strip_bytes = (int64_t)w.chunks * w.chunk_bytes;
+    w.strips_count = strip_count(columns, order);
+    w.scales_at = chunk_scales_at(s);
+    w.zeros_at = chunk_zeros_at(s);
+    w.block_shift = __builtin_ctz((unsigned)s.block);
+    w.scheme = s;
+    w.order = order;
+    return w;
+}
+
+PackedHeader packed_header(const PackedWeight& w) {
+    PackedHeader header = {};
+    memcpy(header.magic, kPackedMagic, sizeof kPackedMagic);
+    header.version = kPackedVersion;
+    header.header_bytes = sizeof header;
+    header.bits = (uint8_t)w.scheme.bits;
+    header.scale_type = w.scheme.scale_type;
+    header.zero_points = w.scheme.zero_points;
+    header.column_order = w.order;
+    header.rows = w.rows;
+    header.columns = w.columns;
+    header.block = (uint32_t)w.scheme.block;
+    header.chunk_rows = (uint32_t)w.chunk_rows;
+    header.chunk_bytes = (uint32_t)w.chunk_bytes;
+    header.strip_columns = kStripColumns;
+    header.payload_bytes = w.strip_bytes * w.strips_count;
+    return header;
+}
+
 int64_t packed_weight_bytes(const PackedScheme& scheme, int64_t rows, int64_t columns, ColumnOrder order) {
     const bool shape = rows >= 1 && columns >= 1 && rows <= kMaxDimension && columns <= kMaxDimension;
     if (!known_scheme(scheme) || !shape || order > kPairedHalves) return -1;
@@ -224,15 +225,18 @@ const char* parse_packed_weight(const void* bytes, size_t size, PackedWeight* we
                             header.payload_bytes == expected - (int64_t)sizeof header;
     if (!consistent) return "the sizes in the header of the packed weight contradict each other";
     if ((uint64_t)expected != size) return "the packed weight is not as long as its header says";
-    *weight = view_of(scheme, header.rows, header.columns, order, (const uint8_t*)bytes + sizeof header);
+    *weight = view_packed_weight(scheme, header.rows, header.columns, order, (const uint8_t*)bytes + sizeof header);
     return nullptr;
 }
 
 void pack_weight(const NBitsArrays& from, const PackedScheme& scheme, int64_t rows, int64_t columns, ColumnOrder order,
                  int64_t first_strip, int64_t last_strip, uint8_t* packed) {
-    const PackedWeight w = view_of(scheme, rows, columns, order, packed + sizeof(PackedHeader));
+    const PackedWeight w = view_packed_weight(scheme, rows, columns, order, packed + sizeof(PackedHeader));
     const NBitsStrides strides(scheme, rows);
-    if (first_strip == 0) write_header(w, packed);
+    if (first_strip == 0) {
+        const PackedHeader header = packed_header(w);
+        memcpy(packed, &header, sizeof header);
+    }
     for (int64_t strip = first_strip; strip < last_strip; strip++) {
         const StripColumns real = columns_of_strip(w, strip);
         uint8_t* chunk = packed + sizeof(PackedHeader) + strip * w.strip_bytes;

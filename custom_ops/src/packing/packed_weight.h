@@ -161,6 +161,11 @@ static inline int32_t zero_point(const PackedWeight& w, const uint8_t* chunk, in
 // an error message: every byte that a kernel will read has then not been established to exist.
 const char* parse_packed_weight(const void* bytes, size_t size, PackedWeight* weight);
 
+// The view of strips that lie at `strips`, for sizes that packed_weight_bytes() accepts; and the header that says it.
+PackedWeight view_packed_weight(const PackedScheme& scheme, int64_t rows, int64_t columns, ColumnOrder order,
+                                const uint8_t* strips);
+PackedHeader packed_header(const PackedWeight& weight);
+
 // Bytes of a whole packed weight, header included, or -1 where K, N or the scheme is not one that can be packed.
 int64_t packed_weight_bytes(const PackedScheme& scheme, int64_t rows, int64_t columns, ColumnOrder order);
 

@@ -40,15 +40,16 @@ bool request_tiles() {
 }
 
 Features detect() {
-    constexpr unsigned kAvx512Vbmi = 1u << 1, kAvx512Vnni = 1u << 11, kAmxBf16 = 1u << 22, kAmxTile = 1u << 24,
-                       kAmxInt8 = 1u << 25, kAvxVnni = 1u << 4, kAvx512Bf16 = 1u << 5;
+    constexpr unsigned kAvx512Vbmi = 1u << 1, kAvx512Vbmi2 = 1u << 6, kAvx512Vnni = 1u << 11, kAmxBf16 = 1u << 22,
+                       kAmxTile = 1u << 24, kAmxInt8 = 1u << 25, kAvxVnni = 1u << 4, kAvx512Bf16 = 1u << 5;
     Features f;
     f.has[kIsaAvx2] = supports(OSL_ISA_AVX2);
     unsigned highest, ebx, ecx, edx, eax1, unused;
     if (!f.has[kIsaAvx2] || !__get_cpuid_count(7, 0, &highest, &ebx, &ecx, &edx)) return f;
     if (highest < 1 || !__get_cpuid_count(7, 1, &eax1, &unused, &unused, &unused)) eax1 = 0;
     f.has[kIsaAvxVnni] = (eax1 & kAvxVnni) != 0;
-    f.has[kIsaAvx512Vnni] = supports(OSL_ISA_AVX512) && (ecx & kAvx512Vnni) && (ecx & kAvx512Vbmi);
+    constexpr unsigned kBytes = kAvx512Vbmi | kAvx512Vbmi2 | kAvx512Vnni;
+    f.has[kIsaAvx512Vnni] = supports(OSL_ISA_AVX512) && (ecx & kBytes) == kBytes;
     constexpr unsigned kTiles = kAmxBf16 | kAmxTile | kAmxInt8;
     f.has[kIsaAmx] = f.has[kIsaAvx512Vnni] && (eax1 & kAvx512Bf16) && (edx & kTiles) == kTiles && request_tiles();
     return f;

@@ -1,0 +1,222 @@
+"""The sparse packed weight in numpy: a packed weight without the codes that are the zero point of their block.
+
+``src/packing/sparse_weight.h`` describes the format and is its twin: both must give the same bytes. A bitmap says which
+codes are stored, so that a place takes ``density * bits + 1`` bits where the packed weight takes ``bits``. Both forms
+hold the same codes, scales and zero points: each can be made of the other, byte for byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxslim_llm.custom_ops import packed as dense
+from onnxslim_llm.custom_ops.packed import HEADER_BYTES, STRIP_COLUMNS, PackedScheme
+
+__all__ = ["MAGIC", "TAIL_BYTES", "VERSION", "SparseParts", "break_even", "expand", "is_sparse", "make_sparse", "parse"]
+
+Array = npt.NDArray[Any]
+
+MAGIC = b"oslspar\n"
+VERSION = 1
+TAIL_BYTES = 64
+"""Zeros at the end: kernels read whole vectors."""
+
+_OFFSET = np.dtype("<u8")
+_WORD_ROWS = 4
+_WRONG_TABLE = "the strips of the sparse packed weight do not end where its table says"
+
+
+@dataclass(frozen=True)
+class SparseParts:
+    """What a sparse packed weight consists of.
+
+    Attributes:
+        scheme: of the packed weight that it expands to.
+        offsets: [strips + 1], bytes from the end of the header; the last one ends the last strip.
+        values: codes that are stored.
+    """
+
+    scheme: PackedScheme
+    offsets: npt.NDArray[np.int64]
+    values: int
+
+    @property
+    def density(self) -> float:
+        """Stored codes among all places, padding included."""
+        scheme = self.scheme
+        return self.values / (scheme.strips * STRIP_COLUMNS * scheme.chunks * scheme.chunk_rows)
+
+
+def break_even(bits: int) -> float:
+    """The share of codes at the zero point above which the sparse form is the smaller one: 1 / bits."""
+    return 1 / bits
+
+
+def is_sparse(data: Array) -> bool:
+    """Whether uint8 [bytes] mean to be a sparse packed weight."""
+    return bool(data.size >= len(MAGIC) and data[: len(MAGIC)].tobytes() == MAGIC)
+
+
+def make_sparse(packed: Array) -> npt.NDArray[np.uint8]:
+    """The sparse form of a packed weight.
+
+    Args:
+        packed: uint8, see :mod:`packed`.
+
+    Raises:
+        ValueError: ``packed`` is no packed weight.
+    """
+    scheme = dense.parse(packed)
+    codes, fixed = _codes_and_rest(packed, scheme)
+    fill = _fill(fixed, scheme)
+    pieces: list[Array] = []
+    ends = [(scheme.strips + 1) * _OFFSET.itemsize]
+    for strip in range(scheme.strips):
+        start = len(pieces)
+        for chunk in range(scheme.chunks):
+            present = codes[strip, chunk] != fill[strip, chunk]
+            bitmap = np.packbits(present, axis=None, bitorder="little")
+            values = _bit_stream(codes[strip, chunk][present], scheme.bits)
+            pieces += [bitmap, fixed[strip, chunk], values]
+        ends.append(ends[-1] + sum(piece.size for piece in pieces[start:]))
+    table = np.array(ends, _OFFSET).view(np.uint8)
+    body = np.concatenate([table, *pieces, np.zeros(TAIL_BYTES, np.uint8)])
+    return np.concatenate([_header(scheme, body.size), body])
+
+
+def expand(sparse: Array) -> npt.NDArray[np.uint8]:
+    """The packed weight that a sparse one was made of.
+
+    Raises:
+        ValueError: see :func:`parse`.
+    """
+    parts = parse(sparse)
+    scheme = parts.scheme
+    payload = sparse[HEADER_BYTES:]
+    bitmap_bytes, fixed_bytes = _chunk_sizes(scheme)
+    fixed = np.empty((scheme.strips, scheme.chunks, fixed_bytes), np.uint8)
+    codes = np.empty((scheme.strips, scheme.chunks, scheme.chunk_rows * STRIP_COLUMNS), np.uint8)
+    for strip in range(scheme.strips):
+        at = int(parts.offsets[strip])
+        for chunk in range(scheme.chunks):
+            present = np.unpackbits(payload[at : at + bitmap_bytes], bitorder="little").astype(bool)
+            at += bitmap_bytes
+            fixed[strip, chunk] = payload[at : at + fixed_bytes]
+            at += fixed_bytes
+            count = int(present.sum())
+            size = -(-count * scheme.bits // 8)
+            here = _fill(fixed[strip : strip + 1, chunk : chunk + 1], scheme)[0, 0]
+            here[present] = _from_bit_stream(payload[at : at + size], scheme.bits, count)
+            codes[strip, chunk] = here
+            at += size
+    planes = dense._planes(_by_row(codes, scheme), scheme.bits)
+    return np.concatenate([dense.header(scheme), np.concatenate([planes, fixed], axis=2).reshape(-1)])
+
+
+def parse(sparse: Array) -> SparseParts:
+    """What the header and the table say, checked against all bitmaps.
+
+    Raises:
+        ValueError: the bytes are not a sparse packed weight of this version, or not a whole one.
+    """
+    if sparse.size < HEADER_BYTES:
+        raise ValueError("the sparse packed weight is shorter than its header")
+    if not is_sparse(sparse):
+        raise ValueError("these bytes are not a sparse packed weight")
+    found = np.frombuffer(sparse[:HEADER_BYTES].tobytes(), dense._HEADER)[0]
+    if found["version"] != VERSION:
+        raise ValueError(f"the sparse packed weight has version {found['version']}, this library reads {VERSION}")
+    if found["scale_type"] >= len(dense._SCALE_DTYPES):
+        raise ValueError("the sparse packed weight has an unknown type of scales")
+    scheme = PackedScheme(
+        rows=int(found["rows"]),
+        columns=int(found["columns"]),
+        bits=int(found["bits"]),
+        block=int(found["block"]),
+        symmetric=not found["zero_points"],
+        scale_dtype=dense._SCALE_DTYPES[found["scale_type"]],
+        paired=bool(found["column_order"]),
+    )
+    payload = sparse[HEADER_BYTES:]
+    if not np.array_equal(_header(scheme, payload.size), sparse[:HEADER_BYTES]):
+        raise ValueError("the sizes in the header of the sparse packed weight contradict each other")
+    end, table = payload.size - TAIL_BYTES, (scheme.strips + 1) * _OFFSET.itemsize
+    if end < table:
+        raise ValueError("the sparse packed weight is not as long as its header says")
+    offsets = np.frombuffer(payload[:table].tobytes(), _OFFSET)
+    if offsets[0] != table or offsets[-1] != end or (offsets[1:] < offsets[:-1]).any():
+        raise ValueError(_WRONG_TABLE)
+    places = offsets.astype(np.int64)
+    values = sum(_walk(payload, scheme, int(a), int(b)) for a, b in pairwise(places))
+    return SparseParts(scheme, places, values)
+
+
+def _walk(payload: Array, scheme: PackedScheme, at: int, end: int) -> int:
+    """Follow the chunks of a strip, and return how many codes are stored in it."""
+    bitmap_bytes, fixed_bytes = _chunk_sizes(scheme)
+    values = 0
+    for _ in range(scheme.chunks):
+        if end - at < bitmap_bytes + fixed_bytes:
+            raise ValueError(_WRONG_TABLE)
+        count = int(np.bitwise_count(payload[at : at + bitmap_bytes]).sum())
+        at += bitmap_bytes + fixed_bytes + -(-count * scheme.bits // 8)
+        values += count
+    if at != end:
+        raise ValueError(_WRONG_TABLE)
+    return values
+
+
+def _chunk_sizes(scheme: PackedScheme) -> tuple[int, int]:
+    """Bytes of a chunk's bitmap, and of its scales and zero points."""
+    return scheme.chunk_rows * STRIP_COLUMNS // 8, sum(scheme.chunk_parts[1:])
+
+
+def _header(scheme: PackedScheme, payload_bytes: int) -> npt.NDArray[np.uint8]:
+    fields = np.frombuffer(dense.header(scheme).tobytes(), dense._HEADER).copy()
+    fields["magic"], fields["version"] = MAGIC, VERSION
+    fields["chunk_bytes"], fields["payload_bytes"] = sum(_chunk_sizes(scheme)), payload_bytes
+    return fields.view(np.uint8)
+
+
+def _codes_and_rest(packed: Array, scheme: PackedScheme) -> tuple[Array, Array]:
+    """Codes [strips, chunks, places] in the order of the bitmap; scales and zero points [strips, chunks, bytes]."""
+    code_bytes = scheme.chunk_parts[0]
+    chunks = packed[HEADER_BYTES:].reshape(scheme.strips, scheme.chunks, -1)
+    rows = dense._codes_of(chunks[:, :, :code_bytes], scheme.bits, scheme.chunk_rows)
+    cut = rows.reshape(scheme.strips, scheme.chunks, -1, _WORD_ROWS, STRIP_COLUMNS)
+    return np.swapaxes(cut, -1, -2).reshape(scheme.strips, scheme.chunks, -1), chunks[:, :, code_bytes:]
+
+
+def _by_row(codes: Array, scheme: PackedScheme) -> Array:
+    """Codes in the order of the bitmap as [strips, chunks, rows, 16]."""
+    cut = codes.reshape(scheme.strips, scheme.chunks, -1, STRIP_COLUMNS, _WORD_ROWS)
+    return np.swapaxes(cut, -1, -2).reshape(scheme.strips, scheme.chunks, scheme.chunk_rows, STRIP_COLUMNS)
+
+
+def _fill(fixed: Array, scheme: PackedScheme) -> Array:
+    """The zero point of every place, [strips, chunks, places] in the order of the bitmap."""
+    strips, chunks = fixed.shape[:2]
+    blocks = scheme.chunk_rows // scheme.block
+    if scheme.symmetric:
+        return np.full((strips, chunks, scheme.chunk_rows * STRIP_COLUMNS), 1 << (scheme.bits - 1), np.uint8)
+    stored = fixed[:, :, scheme.chunk_parts[1] :].reshape(strips, chunks, -1, STRIP_COLUMNS)
+    if scheme.bits < 8:
+        stored = np.stack([stored & 15, stored >> 4], axis=3).reshape(strips, chunks, -1, STRIP_COLUMNS)
+    zeros = stored[:, :, :blocks] & np.uint8(2**scheme.bits - 1)
+    words = np.repeat(np.repeat(zeros, _WORD_ROWS, axis=3), scheme.block // _WORD_ROWS, axis=2)
+    return words.reshape(strips, chunks, -1)
+
+
+def _bit_stream(codes: Array, bits: int) -> Array:
+    apart = (codes[:, None] >> np.arange(bits, dtype=np.uint8)) & np.uint8(1)
+    return np.packbits(apart, axis=None, bitorder="little")
+
+
+def _from_bit_stream(data: Array, bits: int, count: int) -> Array:
+    apart = np.unpackbits(data, bitorder="little")[: count * bits].reshape(count, bits)
+    return np.bitwise_or.reduce(apart << np.arange(bits, dtype=np.uint8), axis=1, dtype=np.uint8)
