@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from onnxslim_llm.concepts.block_weights import WeightScheme
 from onnxslim_llm.errors import UsageError
-from onnxslim_llm.passes.quantize.bits.knapsack import Choice, choose
 from onnxslim_llm.passes.quantize.codes.coding import nearest_codes
 from onnxslim_llm.passes.quantize.codes.columns import columns_of
 from onnxslim_llm.passes.quantize.codes.planes import is_split, plane_scheme
+from onnxslim_llm.products.knapsack import Choice, choose
 from onnxslim_llm.products.sites import WeightGroup
 from onnxslim_llm.stats.curvature import inverse_factor
 

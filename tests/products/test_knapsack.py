@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxslim_llm.passes.quantize.bits.knapsack import Choice, choose
+from onnxslim_llm.products.knapsack import Choice, choose
 
 #: Costs are sums of floats: two orders of adding them differ by rounding.
 ROUNDING = 1e-9
