@@ -17,6 +17,8 @@ _NO_KERNEL = frozenset(["Erf"])
 HTP_RULES = QdqRules(
     {name: rule for name, rule in {**PRODUCTS, **MOVEMENTS, **ELEMENTWISE, **_NORMS}.items() if name not in _NO_KERNEL},
     ("uint8", "uint16"),
-    ("int8",),  # int4: see htp_lint.INT4
+    ("int8",),  # int4 with a scale per channel: see htp_lint.INT4
+    blocked_weights=("int4", "int8"),
+    blocked_activation_bits=16,  # with 8 they are refused
     min_opset=21,
 )

@@ -59,7 +59,8 @@ class QdqRules:
             what sensitive nodes get; where there are none, sensitive nodes stay float.
         weights: Types of weights, the preferred one first.
         granularity: Whether weights have a scale per output channel or one per tensor.
-        blocked_weights: Whether weights that are dequantized in blocks may stand beside quantized activations.
+        blocked_weights: Types of weights that are dequantized in blocks and may stand beside quantized activations.
+        blocked_activation_bits: Width of the activations that these are multiplied with; 0 for any.
         weight_symmetric: Zero points of weights are zero (of unsigned ones: the middle).
         activation_symmetric: Likewise of activations.
         allowed_pairs: (activation, weight) types that one product may have; None for all.
@@ -72,7 +73,8 @@ class QdqRules:
     activations: tuple[ActivationType, ...] = ("uint8",)
     weights: tuple[WeightType, ...] = ("int8",)
     granularity: Granularity = "channel"
-    blocked_weights: bool = False
+    blocked_weights: tuple[WeightType, ...] = ()
+    blocked_activation_bits: int = 0
     weight_symmetric: bool = True
     activation_symmetric: bool = False
     allowed_pairs: frozenset[tuple[ActivationType, WeightType]] | None = None

@@ -68,7 +68,12 @@ NORMS: Mapping[str, QuantizedOp] = {
 PRODUCT_RULES = QdqRules(FLOAT_RESULT_PRODUCTS, ("uint8", "int8"), ("int8",))
 
 #: For whatever reads standard ONNX: the same operators, in all types that the standard has.
-PORTABLE_RULES = QdqRules(FLOAT_RESULT_PRODUCTS, ("uint8", "int8", "uint16", "int16"), ("int8", "int4"))
+PORTABLE_RULES = QdqRules(
+    FLOAT_RESULT_PRODUCTS,
+    ("uint8", "int8", "uint16", "int16"),
+    ("int8", "int4"),
+    blocked_weights=("int8", "int4"),
+)
 
 #: For processors that compute on nothing but integers; targets restrict it to what theirs has.
 WHOLE_GRAPH = QdqRules(

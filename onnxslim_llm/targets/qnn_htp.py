@@ -83,7 +83,7 @@ class QnnHtpTarget(Target):
 
         Raises:
             ResourceError: The vendor's package is not installed.
-            UsageError: Weights have 4 bits.
+            UsageError: Weights have 4 bits in a form that is not computed right.
             VendorError: The compiler fails, takes too long, or leaves nodes to the CPU; these are listed.
         """
         self.require()
@@ -185,7 +185,7 @@ QNN_HTP = QnnHtpTarget(
     min_opset=13,
     max_opset=24,
     qdq=HTP_RULES,
-    weight_bits=(8,),
+    weight_bits=(4, 8),
     fixed_shapes=True,
     simulated=True,
     extra=EXTRA,

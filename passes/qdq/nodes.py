@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from onnxslim_llm.ir.model import Model
     from onnxslim_llm.rewrite.passes import Change
 
-__all__ = ["FLOATS", "QdqNode", "find_nodes", "is_dequantized", "weight_axis"]
+__all__ = ["FLOATS", "QdqNode", "find_nodes", "has_blocked_weight", "is_dequantized", "weight_axis"]
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 #: A sum of so many products of 8-bit codes may leave int32: 2^31 / (255 * 127).
@@ -144,9 +144,10 @@ class _Search:
     def _stored_reason(self, tensor: gs.Tensor) -> str:
         dequantize = tensor.inputs[0]
         kind = TensorProto.DataType.Name(weight_of(dequantize.inputs[0]).onnx_dtype).lower()
-        if kind not in self.rules.weights:
+        blocked = _block_size(dequantize) > 0
+        if kind not in (*self.rules.weights, *(self.rules.blocked_weights if blocked else ())):
             return f"its weight is {kind}, for which the target has kernels of its own that take float activations"
-        if dequantize.attrs.get("block_size", 0) and not self.rules.blocked_weights:
+        if blocked and kind not in self.rules.blocked_weights:
             return "its weight has a scale per block, which the target does not multiply with quantized activations"
         return ""
 
@@ -197,6 +198,15 @@ def is_dequantized(tensor: gs.Tensor) -> bool:
     return _produced_by(tensor, _DEQUANTIZE) is not None
 
 
+def has_blocked_weight(item: QdqNode) -> bool:
+    """Return whether a node multiplies with a stored weight that has a scale for each block."""
+    index = item.rule.weight
+    if index is None or index >= len(item.node.inputs):
+        return False
+    dequantize = _produced_by(item.node.inputs[index], _DEQUANTIZE)
+    return dequantize is not None and _block_size(dequantize) > 0
+
+
 def weight_axis(item: QdqNode) -> int:
     """Return the axis of the output channels of a node's weight, in the node's layout."""
     if item.node.op == "Gemm":
@@ -240,6 +250,10 @@ def _sum_length(node: gs.Node, weight: Weight) -> int:
     if node.op in ("MatMul", "Gemm"):
         return weight.shape[axis] if len(weight.shape) == 2 else weight.size
     return weight.size // max(weight.shape[0], 1)
+
+
+def _block_size(dequantize: gs.Node) -> int:
+    return int(dequantize.attrs.get("block_size", 0))
 
 
 def _is_constant(node: gs.Node, index: int) -> bool:

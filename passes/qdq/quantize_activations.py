@@ -13,7 +13,7 @@ from onnxslim_llm.ir.opset import convert_opset
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.passes.qdq.codings import Codings, Width, width_of
 from onnxslim_llm.passes.qdq.insertion import Insertion
-from onnxslim_llm.passes.qdq.nodes import QdqNode, attached, find_nodes
+from onnxslim_llm.passes.qdq.nodes import QdqNode, attached, find_nodes, has_blocked_weight
 from onnxslim_llm.passes.qdq.scale_groups import Groups
 from onnxslim_llm.passes.qdq.sensitivity import Power, Together, powers_of_results, result_quality, with_makers
 from onnxslim_llm.rewrite.passes import Change, Pass
@@ -206,17 +206,22 @@ class QuantizeActivations(Pass):
         change: Change,
     ) -> tuple[list[QdqNode], Groups, Width, set[int]]:
         """Return the nodes to quantize, their groups, the type of sensitive ones, and which these are."""
-        if self.sensitive_below_db <= 0 or width.bits >= _WIDE:
+        if width.bits >= _WIDE:
             return nodes, groups, width, set()
+        wide = width_of(rules, _WIDE, None, self.symmetric)
+        blocked: set[int] = set()
+        if wide is not None and rules.blocked_activation_bits > width.bits:
+            blocked = {id(item.node) for item in nodes if has_blocked_weight(item)}
+        if self.sensitive_below_db <= 0:
+            return nodes, groups, wide or width, blocked
         quality = {
             id(item.node): result_quality(item, groups, width, powers) for item in nodes if not item.rule.same_scale
         }
         found = [
             item for item in nodes if quality.get(id(item.node), self.sensitive_below_db) < self.sensitive_below_db
         ]
-        wide = width_of(rules, _WIDE, None, self.symmetric)
         if wide is not None:
-            return nodes, groups, wide, with_makers(found, nodes)
+            return nodes, groups, wide, with_makers(found, nodes) | blocked
         for item in found:
             change.skip(item.label, f"rounded inputs would leave it {quality[id(item.node)]:.0f} dB: it stays float")
         gone = {id(item.node) for item in found}

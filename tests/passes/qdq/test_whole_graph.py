@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -268,3 +271,20 @@ def test_the_bias_of_a_norm_whose_scale_is_coded_like_an_activation(size: float)
     assert np.abs(codes.astype(np.int64)).max() <= 2**30
     np.testing.assert_allclose(codes * float(value(dequantize.inputs[1])), b, rtol=1e-4)
     assert closeness(run(model, {"x": X})["y"], run(source, {"x": X})["y"]) < FINE
+
+
+def test_activations_beside_blocks_have_the_width_that_these_need() -> None:
+    rules = replace(WHOLE_GRAPH, blocked_weights=("int4",), blocked_activation_bits=16)
+    text = """agraph (float[m, 32] x) => (float[m, 8] y) {
+        r = Relu (x)
+        w = DequantizeLinear <axis = 0, block_size = 16> (W, s)
+        y = MatMul (r, w)
+    }"""
+    codes = weights(2, 32, 8).astype(ml_dtypes.int4)
+    model, _, _ = quantized(
+        proto(text, W=codes, s=weights(3, 2, 8)), {"x": weights(1, 4, 32)}, target=with_rules(rules)
+    )
+    product, relu = node_of(model, "MatMul"), node_of(model, "Relu")
+    assert value(producer(product.inputs[0]).inputs[2]).dtype == np.uint16
+    assert value(producer(relu.inputs[0]).inputs[2]).dtype == np.uint8
+    assert producer(product.inputs[1]).attrs["block_size"] == 16
