@@ -51,6 +51,7 @@ from onnxslim_llm.passes.prune.store_sparse import StoreSparse
 from onnxslim_llm.passes.qdq.quantize_activations import QuantizeActivations
 from onnxslim_llm.passes.qdq.quantize_dynamically import QuantizeDynamically
 from onnxslim_llm.passes.quantize.correct_biases import CorrectBiases
+from onnxslim_llm.passes.quantize.quantize_codebook import QuantizeCodebook
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.passes.quantize.rotate_residual import RotateResidual
 from onnxslim_llm.passes.quantize.scale_channels import ScaleChannels
@@ -89,6 +90,7 @@ PASSES: tuple[type[Pass], ...] = (
     PruneNeurons,
     PruneWeights,
     StoreSparse,
+    QuantizeCodebook,
     QuantizeWeights,
     CompensateLowRank,
     CorrectBiases,

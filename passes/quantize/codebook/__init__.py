@@ -1,0 +1,1 @@
+"""Codes that stand for entries of a table, instead of steps of a scale."""
