@@ -18,7 +18,7 @@ from onnxslim_llm.rewrite.edit import Builder
 from onnxslim_llm.rewrite.passes import Change, Pass
 from onnxslim_llm.rewrite.stage import Stage
 from onnxslim_llm.stats.curvature import output_error
-from onnxslim_llm.stats.whitened import low_rank
+from onnxslim_llm.stats.whitened import Alike, low_rank, whitened_by
 
 if TYPE_CHECKING:
     from onnxslim_llm.ir.model import Model
@@ -56,7 +56,7 @@ class CompensateLowRank(Pass):
         - the error falls by less than `min_gain` on samples that were held out, or without data in the weight;
         - the rank is more than half of the smaller side: that would be no thin matrix;
         - the codes are in two planes, or come from a model that was quantized before: the source weight is not known;
-        - the calibration data's H is not positive definite.
+        - the calibration data are zero where it reads them.
 
     Attributes:
         rank: Columns of the first and rows of the second matrix.
@@ -112,9 +112,10 @@ class CompensateLowRank(Pass):
         error = source - _decoded(job)
         moments = statistics.of_weight(job.where()) if statistics is not None else None
         known = moments.load() if moments is not None and moments.size == job.rows else None
-        found = low_rank(error, known.fit.gram if known is not None else None, self.rank)
-        if found is None:
-            return "H of the calibration data is not positive definite"
+        whitening = Alike() if known is None or known.fit.gram is None else whitened_by(known.fit.gram)
+        if whitening is None:
+            return "the calibration data are zero where it reads them"
+        found = low_rank(error, whitening, self.rank)
         left, left_scale = _codes(found.left, axis=1)
         right, right_scale = _codes(found.right, axis=0)
         rest = error - (left * left_scale).astype(np.float32) @ (right * right_scale[:, None]).astype(np.float32)
