@@ -5,6 +5,7 @@ decomposition of S M, S = L^T, is the best of its rank there (Eckart and Young),
 M a weight this is SVD-LLM (Wang et al. 2024, arXiv 2403.07378), for M the error of a quantized weight it is QERA (Zhang
 et al. 2024, arXiv 2410.06040). With the roots of mean |x| as a diagonal S it is ASVD (Yuan et al. 2023, arXiv
 2312.05821).
+"""
 
 from __future__ import annotations
 
