@@ -228,8 +228,7 @@ class _Coded:
         rows, columns, block = self.group.rows, self.group.columns, self.form.block
         vectors = self._vectors(op, list(self.codes), site)
         blocks = op.Reshape(vectors, np.array([columns, rows // block, block], np.int64))
-        scale = op.Unsqueeze(_cast(op, self.scale, site), np.array([2], np.int64))
-        scaled = op.Reshape(op.Mul(blocks, scale), np.array([columns, rows], np.int64))
+        scaled = op.Reshape(op.Mul(blocks, _cast(op, self.scale, site)), np.array([columns, rows], np.int64))
         result: gs.Variable = op.Transpose(scaled, perm=[1, 0])
         return result
 
@@ -238,7 +237,7 @@ class _Coded:
         rows, block, rank = self.group.rows, self.form.block, len(indices.shape)
         vectors = self._vectors(op, [op.Gather(codes, indices) for codes in self.codes], site)
         blocks = op.Reshape(vectors, np.array([0] * rank + [rows // block, block], np.int64))
-        scale = op.Unsqueeze(_cast(op, op.Gather(self.scale, indices), site), np.array([rank + 1], np.int64))
+        scale = _cast(op, op.Gather(self.scale, indices), site)
         result: gs.Variable = op.Reshape(op.Mul(blocks, scale), np.array([0] * rank + [rows], np.int64))
         return result
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from onnxslim_llm.concepts.block_weights import WeightScheme
 from onnxslim_llm.concepts.concept import follow_opset
@@ -13,6 +13,7 @@ from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.opset import convert_opset
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.passes.quantize.bits.mixed_precision import FORMS, Demand, share_out
+from onnxslim_llm.passes.quantize.bits.stored_size import storage_of
 from onnxslim_llm.passes.quantize.codes.planes import PLANES
 from onnxslim_llm.passes.quantize.replacement import Chosen, Replacement
 from onnxslim_llm.passes.quantize.settings import (
@@ -29,9 +30,6 @@ from onnxslim_llm.products.sites import WeightGroup, find_groups
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.passes import Change, Pass
 from onnxslim_llm.rewrite.stage import Stage
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["LONG_BLOCK", "QuantizeWeights"]
 
@@ -113,7 +111,7 @@ class QuantizeWeights(Pass):
     lm_head_bits: int = 8
     sensitive_bits: int = 8
     sensitive: tuple[Sensitive, ...] = SENSITIVE
-    min_elements: int = 4096
+    min_elements: int = 1024
     exclude: tuple[str, ...] = ()
     scopes: tuple[dict[str, Any], ...] = ()
     scale_dtype: ScaleType = "float16"
@@ -236,7 +234,7 @@ class QuantizeWeights(Pass):
         if not self.target_bits:
             return [(demand.group, demand.schemes[0], {}) for demand in demands]
         known = context.statistics if self.wants_statistics else None
-        schemes, accounts = share_out(demands, self.target_bits, known, self.name)
+        schemes, accounts = share_out(demands, self.target_bits, storage_of(context.target), known, self.name)
         return list(zip((d.group for d in demands), schemes, accounts, strict=True))
 
     def _schemes(
@@ -246,9 +244,13 @@ class QuantizeWeights(Pass):
         allowed = self.widths or [bits for bits in BITS if _can_store(bits, stored)]
         forms = [form for form in FORMS if form[0] in allowed] if free else [(settings.bits, settings.block)]
         computes_in, data = group.sites[0].computes_in, context.statistics is not None
+        ways = (True, False) if free and not settings.symmetric else (settings.symmetric,)
         made = (
-            replace(settings, bits=bits, block=block).scheme(group.rows, group.columns, computes_in, data=data)
+            replace(settings, bits=bits, block=block, symmetric=way).scheme(
+                group.rows, group.columns, computes_in, data=data
+            )
             for bits, block in forms
+            for way in ways
         )
         return tuple(dict.fromkeys(made))
 

@@ -30,7 +30,7 @@ MethodOption = Literal[Method, "probed"]
 
 #: Scales are stored in another type than is computed in only if that saves more bytes than this: it takes a Cast. Also
 #: what folding constants may add to a file by default, so that the Cast is not folded away again.
-WORTH_A_CAST = 1024
+WORTH_A_CAST = 256
 
 _BYTES = {"float32": 4, "float16": 2}
 

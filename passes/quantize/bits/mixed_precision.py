@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from onnxslim_llm.concepts.block_weights import WeightScheme
 from onnxslim_llm.errors import UsageError
+from onnxslim_llm.passes.quantize.bits.stored_size import Storage, stored_bytes
 from onnxslim_llm.passes.quantize.codes.coding import nearest_codes
 from onnxslim_llm.passes.quantize.codes.columns import columns_of
-from onnxslim_llm.passes.quantize.codes.planes import is_split, plane_scheme
 from onnxslim_llm.products.knapsack import Choice, choose
 from onnxslim_llm.products.sites import WeightGroup
 from onnxslim_llm.stats.curvature import inverse_factor
@@ -31,27 +31,19 @@ from onnxslim_llm.stats.curvature import inverse_factor
 if TYPE_CHECKING:
     from onnxslim_llm.stats.statistics import Statistics
 
-__all__ = ["FORMS", "Demand", "share_out", "stored_bytes", "tied_ridge"]
+__all__ = ["FORMS", "Demand", "share_out", "tied_ridge"]
 
 Array = NDArray[Any]
 
-#: (bits, block) that weights may get. Blocks that are missing have no fast kernel, or are never worth their bytes.
+#: (bits, block) that weights may get, each with zero points and without. Blocks that are missing have no fast kernel, or
+#: are never worth their bytes.
 FORMS = (
-    (2, 32),
-    (2, 64),
-    (3, 16),
-    (3, 32),
-    (3, 64),
-    (4, 16),
-    (4, 32),
-    (4, 64),
-    (4, 128),
-    (5, 64),
-    (5, 128),
-    (6, 64),
-    (6, 128),
-    (8, 32),
-    (8, 128),
+    *((2, block) for block in (32, 64, 128)),
+    *((3, block) for block in (16, 32, 64, 128)),
+    *((4, block) for block in (16, 32, 64, 128, 256)),
+    *((5, block) for block in (32, 64, 128, 256)),
+    *((6, block) for block in (64, 128, 256)),
+    *((8, block) for block in (32, 64, 128, 256)),
 )
 #: Columns that forms are tried on.
 _COLUMNS = 256
@@ -60,7 +52,6 @@ _COLUMNS = 256
 _PRIORS = {"lm_head": 3e-2, "embedding": 1e-3, "value": 7e-4, "output": 6e-4, "first_block": 1e-3, "linear": 5e-4}
 _PRIOR_ERROR = 0.0025
 _TINY = 1e-30
-_SCALE_BYTES = {"float32": 4, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -77,13 +68,14 @@ class Demand:
 
 
 def share_out(
-    demands: Sequence[Demand], target_bits: float, statistics: Statistics | None, where: str
+    demands: Sequence[Demand], target_bits: float, storage: Storage, statistics: Statistics | None, where: str
 ) -> tuple[list[WeightScheme], list[dict[str, Any]]]:
     """Return the scheme of each weight, and what each form of it was expected to cost.
 
     Args:
         demands: The weights.
-        target_bits: Bits per weight, scales and zero points included, that all of them together may take.
+        target_bits: Bits per weight, scales, zero points and padding included, that all of them together may take.
+        storage: How the target stores them.
         statistics: With gains; None where there are no data.
         where: For messages.
 
@@ -92,7 +84,7 @@ def share_out(
     """
     costs = [_costs(demand, statistics) for demand in demands]
     items = [
-        [Choice(stored_bytes(d.group, s), cost) for s, cost in zip(d.schemes, found, strict=True)]
+        [Choice(stored_bytes(d.group, s, storage), cost) for s, cost in zip(d.schemes, found, strict=True)]
         for d, found in zip(demands, costs, strict=True)
     ]
     elements = sum(d.group.source.size for d in demands)
@@ -109,16 +101,6 @@ def share_out(
         for d, found, i in zip(demands, costs, picked, strict=True)
     ]
     return [d.schemes[i] for d, i in zip(demands, picked, strict=True)], accounts
-
-
-def stored_bytes(group: WeightGroup, scheme: WeightScheme) -> int:
-    """Return the bytes of codes, scales and zero points in a layout without padding."""
-    if is_split(scheme):
-        return sum(stored_bytes(group, plane_scheme(scheme, index)) for index in (0, 1))
-    blocks = scheme.block_count(group.rows)
-    zero_bits = 0 if scheme.symmetric else scheme.bits
-    bits = group.rows * scheme.bits + blocks * (zero_bits + 8 * _SCALE_BYTES[scheme.scale_type])
-    return -(-group.columns * bits // 8)
 
 
 def tied_ridge(group: WeightGroup, statistics: Statistics | None) -> float:
@@ -153,7 +135,7 @@ def _uniform(demands: Sequence[Demand]) -> Iterable[list[int]]:
 
 
 def _label(scheme: WeightScheme) -> str:
-    return f"{scheme.bits}/{scheme.block}"
+    return f"{scheme.bits}/{scheme.block}" + ("" if scheme.symmetric else " with zero points")
 
 
 def _costs(demand: Demand, statistics: Statistics | None) -> list[float]:

@@ -26,7 +26,7 @@ __all__ = ["CodebookJob"]
 Array = NDArray[Any]
 
 #: Part of the fingerprint: raise it when the same input gives other bytes.
-_VERSION = 1
+_VERSION = 2
 _TILE_COLUMNS = 512
 #: Columns that tables are made from, evenly spread.
 _BOOK_COLUMNS = 1024
@@ -36,7 +36,7 @@ _ENTRIES = 256
 class CodebookJob(WeightJob):
     """Code W[K, N] by tables.
 
-    Its outputs are codes [N, K / d] uint8, one for each stage, scales [N, KB] float16, and tables [256, d] float16, one
+    Its outputs are codes [N, K / d] uint8, one for each stage, scales [N, KB, 1] float16, and tables [256, d] float16, one
     for each stage.
 
     Args:
@@ -54,7 +54,7 @@ class CodebookJob(WeightJob):
         self.k_axis, self.form, self.name, self.moments = k_axis, form, name, moments
         self.rows, self.columns = source.shape[k_axis], source.shape[1 - k_axis]
         codes = TensorSpec((self.columns, self.rows // form.length), TensorProto.UINT8)
-        scales = TensorSpec((self.columns, self.rows // form.block), TensorProto.FLOAT16)
+        scales = TensorSpec((self.columns, self.rows // form.block, 1), TensorProto.FLOAT16)
         table = TensorSpec((_ENTRIES, form.length), TensorProto.FLOAT16)
         self.outputs = (*[codes] * form.stages, scales, *[table] * form.stages)
         digest = moments.digest if moments is not None else ""
