@@ -46,6 +46,7 @@ from onnxslim_llm.passes.lower.weights.lower_ort_cpu_ops import LowerOrtCpuOps
 from onnxslim_llm.passes.lower.weights.lower_portable import LowerPortable
 from onnxslim_llm.passes.lowrank.compensate_low_rank import CompensateLowRank
 from onnxslim_llm.passes.lowrank.split_low_rank import SplitLowRank
+from onnxslim_llm.passes.prune.prune_heads import PruneHeads
 from onnxslim_llm.passes.prune.prune_neurons import PruneNeurons
 from onnxslim_llm.passes.prune.prune_weights import PruneWeights
 from onnxslim_llm.passes.prune.store_sparse import StoreSparse
@@ -88,6 +89,7 @@ PASSES: tuple[type[Pass], ...] = (
     ScaleChannels,
     SmoothActivations,
     RotateResidual,
+    PruneHeads,
     PruneNeurons,
     PruneWeights,
     StoreSparse,

@@ -127,7 +127,11 @@ class Constants:
             tensor = read.constant
             tensor.values = transformed(weight_of(tensor), tensor.name, *steps)
             return
-        weight = transformed(weight_of(tensor), tensor.name, *steps)
+        self.put(node, index, transformed(weight_of(tensor), tensor.name, *steps))
+
+    def put(self, node: gs.Node, index: int, weight: Weight) -> None:
+        """Give a constant that `node` reads another value, of another shape perhaps; other readers keep the old one."""
+        tensor = node.inputs[index]
         if len(tensor.outputs) == 1 and id(tensor) not in self.outputs:
             tensor.values = weight
         else:
