@@ -32,7 +32,7 @@ _NEEDED = (
 )
 _EXTRAS = {
     "tokenizers": "text for eval and generate",
-    "torch": "training and exporting the sample model",
+    "torch": "what needs gradients (extra `gradients`), and training and exporting the sample model",
     "llama-cpp-python": "eval of GGUF models",
 }
 _ENOUGH_DISK = 1 << 30

@@ -1,0 +1,1 @@
+"""What operators compute, in torch: a table for each group of them."""
