@@ -19,22 +19,22 @@ ALLOWED: dict[str, set[str]] = {
     "bounded": set(),
     "consumers": {"bounded"},  # interpreters of other environments run them, too
     "ir": {"errors"},
-    "rewrite": {"errors", "ir", "stats", "targets"},  # stats, targets: the types of what a Context holds
+    "rewrite": {"errors", "ir", "stats", "targets", "gradients"},  # the last three: types of what a Context holds
     "concepts": {"errors", "ir", "rewrite"},
     "products": {"errors", "ir", "rewrite", "concepts"},
     "stats": {"errors", "ir", "runtime"},
-    "gradients": {"errors", "ir", "rewrite", "concepts", "stats", "runtime"},
+    "gradients": {"errors", "ir", "rewrite", "concepts", "products", "stats", "runtime"},
     "targets": {"errors", "ir", "rewrite", "concepts", "runtime", "custom_ops", "bounded"},  # they open artifacts
     "runtime": {"errors", "ir", "custom_ops"},  # artifacts may need our operators
     "verify": {"errors", "ir", "rewrite", "runtime", "targets"},
     "artifact": {"errors", "ir"},
     "report": {"errors", "ir", "artifact"},
     "custom_ops": set(),
-    "passes": {"errors", "ir", "rewrite", "concepts", "products", "stats", "targets", "custom_ops"},
+    "passes": {"errors", "ir", "rewrite", "concepts", "products", "stats", "targets", "custom_ops", "gradients"},
     "recipe": {"errors", "rewrite", "targets"},
     "compiler": {
         *("artifact", "errors", "ir", "passes", "recipe", "report", "rewrite", "runtime", "stats", "targets", "verify"),
-        *("concepts", "custom_ops", "consumers"),
+        *("concepts", "custom_ops", "consumers", "gradients"),
     },
     "cli": {
         *("artifact", "compiler", "errors", "ir", "recipe", "report", "rewrite", "runtime", "stats", "targets"),

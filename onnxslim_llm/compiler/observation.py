@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 
 from onnxslim_llm.compiler.calibration import Calibrator, written_by
 from onnxslim_llm.errors import UsageError
+from onnxslim_llm.gradients.scorer import GradientScorer
 from onnxslim_llm.stats.calibration import Calibration, Feeds, TensorCalibration, TokenCalibration
 from onnxslim_llm.stats.observe import GraphObserver, Observer
 
 if TYPE_CHECKING:
+    from onnxslim_llm.gradients.source import GradientSource
     from onnxslim_llm.runtime.session import Session
 
-__all__ = ["SampleSource", "make_observer"]
+__all__ = ["SampleSource", "make_gradient_source", "make_observer"]
 
 #: Without data a decoder writes so many tokens at a time, in rows of its own: enough to see the usual ranges.
 _MADE_UP_WINDOW = 64
@@ -35,15 +37,28 @@ def make_observer(calibrator: Calibrator) -> Observer:
     )
 
 
+def make_gradient_source(calibrator: Calibrator) -> GradientSource:
+    """Return what passes ask for figures of gradients; torch is loaded when they do."""
+    source = SampleSource(calibrator, "calibrate: gradients of the answer")
+    return GradientScorer(
+        source.feeds,
+        calibrator.folder / "gradients",
+        threads=calibrator.threads,
+        progress=lambda done, total: calibrator.progress.advance(done, f"{done} of {total}"),
+    )
+
+
 @dataclass
 class SampleSource:
     """The calibration data of a compile, read once.
 
     Attributes:
         calibrator: Knows where they are.
+        stage: What the user is told that they are read for.
     """
 
     calibrator: Calibrator
+    stage: str = "calibrate"
     _data: Calibration | None = field(default=None, repr=False)
 
     def feeds(self, session: Session) -> Iterator[Feeds]:
@@ -53,7 +68,7 @@ class SampleSource:
             UsageError: The data do not fit the model.
         """
         if self._data is None:
-            self.calibrator.progress.stage("calibrate", None, "samples")
+            self.calibrator.progress.stage(self.stage, None, "samples")
             self._data = self._read()
         if isinstance(self._data, TokenCalibration):
             yield from _token_feeds(session, self._data)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from onnxslim_llm.artifact.manifest import Gate as GateEntry
 from onnxslim_llm.artifact.manifest import LayerError, Quality, Verify
 from onnxslim_llm.compiler.calibration import Calibrator
-from onnxslim_llm.compiler.observation import make_observer
+from onnxslim_llm.compiler.observation import make_gradient_source, make_observer
 from onnxslim_llm.compiler.progress import Progress
 from onnxslim_llm.errors import ModelError, SlimError, UsageError
 from onnxslim_llm.ir.model import Model, open_model
@@ -164,6 +164,7 @@ class Judge:
                 statistics=self._calibrator.wanted_by(first),
                 cache_ranges=self._calibrator.cache_ranges_wanted_by(first),
                 observer=make_observer(self._calibrator),
+                gradients=make_gradient_source(self._calibrator),
             )
             Pipeline(first).run(model, context)
             try:

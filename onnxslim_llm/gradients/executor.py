@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnxslim_llm.errors import ModelError, SlimError, UsageError, did_you_mean
 from onnxslim_llm.gradients.backend import torch
 from onnxslim_llm.gradients.plan import Plan, Step, make_plan, refusals
-from onnxslim_llm.gradients.rule import Call
+from onnxslim_llm.gradients.rule import Call, Rule
 from onnxslim_llm.gradients.tensors import as_tensor
 from onnxslim_llm.ir.topology import sort_nodes
 from onnxslim_llm.ir.weights import weight_of
@@ -35,13 +35,15 @@ class Executor:
 
     Args:
         model: The model, at any point between two passes.
+        rules: Other rules for single nodes, by the node's identity.
 
     Raises:
         ResourceError: Torch is not installed (when this module is imported).
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, rules: Mapping[int, Rule] | None = None) -> None:
         self._graph = model.graph
+        self._rules = dict(rules or {})
         sort_nodes(self._graph)
         self._functions = {(normal_domain(f.domain), f.name): f for f in model.functions}
         self._opsets = {normal_domain(i.domain): int(i.version) for i in model.graph.import_domains or []}
@@ -152,7 +154,7 @@ class Executor:
         assert step.rule is not None
         call = Call(step.node.op, step.where, step.opset, inputs, step.attributes, len(step.node.outputs), step.types)
         try:
-            results = step.rule(call)
+            results = self._rules.get(id(step.node), step.rule)(call)
         except SlimError as error:
             error.where = error.where or f"node '{step.where}'"
             raise

@@ -11,8 +11,10 @@ from onnxslim_llm.errors import UsageError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from onnxslim_llm.gradients.source import GradientSource
     from onnxslim_llm.rewrite.passes import Pass
     from onnxslim_llm.stats.observe import Observer
+    from onnxslim_llm.stats.shared_ranges import SharedRanges
     from onnxslim_llm.stats.statistics import Statistics
     from onnxslim_llm.targets.base import Target
 
@@ -32,6 +34,8 @@ class Context:
         following: The passes that come after this one: what is prepared for a quantizer depends on its options.
         observer: Runs the graph as it is on calibration data and looks at its tensors; None where there is no source
             model to take inputs from.
+        shared_ranges: Where several graphs are made of the source: what the calibration of the others has said.
+        gradients: Computes figures of gradients of the graph as it is, in torch; None where there is no source model.
         notes: One-line remarks for the user; passes append to it.
     """
 
@@ -41,6 +45,8 @@ class Context:
     cache_ranges: Mapping[str, NDArray[Any]] | None = None
     following: Sequence[Pass] = ()
     observer: Observer | None = None
+    shared_ranges: SharedRanges | None = None
+    gradients: GradientSource | None = None
     notes: list[str] = field(default_factory=list)
 
     def need_statistics(self, what: str, where: str, otherwise: str = "") -> None:

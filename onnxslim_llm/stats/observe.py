@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from onnxslim_llm.ir.save import SaveOptions, save_model
 from onnxslim_llm.runtime.session import Session, open_session
 from onnxslim_llm.stats.calibration import Feeds
 
-__all__ = ["Collector", "GraphObserver", "Observer"]
+__all__ = ["Collector", "GraphObserver", "Observer", "open_graph"]
 
 #: Models with more bytes of weights are run from a file of their own, so that they are not held twice.
 IN_MEMORY_BYTES = 256 << 20
@@ -73,7 +73,7 @@ class GraphObserver:
         if not collectors:
             return
         with tempfile.TemporaryDirectory(prefix="observe-") as scratch:
-            session = self._open(model, list(collectors), Path(scratch))
+            session = open_graph(model, Path(scratch), self.threads, collectors)
             batches: list[list[str]] | None = None
             for number, given in enumerate(self.feeds(session), 1):
                 fed = {info.name: given[info.name] for info in session.inputs}
@@ -84,17 +84,29 @@ class GraphObserver:
                         _add(collectors[name], name, values)
                 self.progress(number)
 
-    def _open(self, model: Model, names: Sequence[str], scratch: Path) -> Session:
-        folder: Path | None = None
-        if model.weight_bytes() > IN_MEMORY_BYTES:
-            folder = scratch
-            save_model(model, scratch / "model.onnx", SaveOptions(jobs=max(1, self.threads)))
-            proto = onnx.load(scratch / "model.onnx", load_external_data=False)
-        else:
-            proto = model.to_proto("inline")
-        there = {value.name for value in proto.graph.output}
-        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in there)
-        return open_session(proto, threads=self.threads, base_dir=folder)
+
+def open_graph(model: Model, scratch: Path, threads: int, outputs: Iterable[str] = ()) -> Session:
+    """Open a graph as it is between two passes.
+
+    Args:
+        model: The model.
+        scratch: Where a model too large to be held twice is written; needed as long as the session.
+        threads: Of the runtime; 0 leaves the choice to it.
+        outputs: Names of further tensors that runs can be asked for.
+
+    Raises:
+        ModelError: The runtime does not open it.
+    """
+    folder: Path | None = None
+    if model.weight_bytes() > IN_MEMORY_BYTES:
+        folder = scratch
+        save_model(model, scratch / "model.onnx", SaveOptions(jobs=max(1, threads)))
+        proto = onnx.load(scratch / "model.onnx", load_external_data=False)
+    else:
+        proto = model.to_proto("inline")
+    there = {value.name for value in proto.graph.output}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in there)
+    return open_session(proto, threads=threads, base_dir=folder)
 
 
 def _batches(session: Session, fed: Feeds, names: list[str], limit: int) -> list[list[str]]:
