@@ -18,6 +18,7 @@ if not (_here / "passes").is_dir() and (_here.parent / "passes").is_dir():
 
 if TYPE_CHECKING:
     from onnxslim_llm.compiler import CompileResult, compile, inspect  # noqa: A004
+    from onnxslim_llm.compiler.sweep import sweep
     from onnxslim_llm.custom_ops.ops import register as register_custom_ops
     from onnxslim_llm.errors import SlimError
     from onnxslim_llm.ir.model import Model, open_model
@@ -36,6 +37,7 @@ _HOME = {
     "inspect": "onnxslim_llm.compiler",
     "open_model": "onnxslim_llm.ir.model",
     "register_custom_ops": "onnxslim_llm.custom_ops.ops",
+    "sweep": "onnxslim_llm.compiler.sweep",
 }
 
 #: Names that are called otherwise where they live.
@@ -53,6 +55,7 @@ __all__ = [
     "inspect",
     "open_model",
     "register_custom_ops",
+    "sweep",
 ]
 
 

@@ -18,6 +18,7 @@ VERBS = {
     "inspect": "Tell what is in a model.",
     "diff": "Compare two models: operators, bytes, and numbers layer by layer.",
     "bench": "Measure speed, load time and memory.",
+    "sweep": "Compile in many ways and find the best ones for each size.",
     "eval": "Measure perplexity and divergence on a text.",
     "generate": "Continue a text with a compiled model.",
     "passes": "List the passes and the recipes that are made of them.",

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import pygal
-from pygal.style import Style
 
 from onnxslim_llm.artifact.manifest import LayerError, PassEntry
 from onnxslim_llm.ir.roles import ROLES
+from onnxslim_llm.report.drawing import blank_chart, log_ticks, marked, svg
 from onnxslim_llm.report.format import bytes_text, figure_text, seconds_text
 
 __all__ = ["ROLE_COLOURS", "bytes_plot", "error_plot", "output_error_plot", "time_plot"]
@@ -18,7 +18,6 @@ __all__ = ["ROLE_COLOURS", "bytes_plot", "error_plot", "output_error_plot", "tim
 ROLE_COLOURS = {role: f"var(--{role})" for role in ROLES}
 """Colour of each role in the plots; the page's legend uses the same."""
 
-_WIDTH = 860
 _ROW = 26  # pixels for one bar with its gap
 _AXIS = 40  # pixels below the bars
 
@@ -26,15 +25,15 @@ _AXIS = 40  # pixels below the bars
 def bytes_plot(before: dict[str, int], after: dict[str, int]) -> str:
     """Bytes by role in the source and in the artifact, as SVG text."""
     roles = [role for role in ROLES if role in before or role in after][::-1]  # the first role on top
-    chart = _chart(
+    chart = blank_chart(
         pygal.HorizontalBar, height=_AXIS + 2 * _ROW * len(roles), colours=("var(--source)", "var(--artifact)")
     )
     chart.x_labels = roles
     chart.value_formatter = bytes_text
     for name, sizes in (("source", before), ("artifact", after)):
         values = [sizes.get(role, 0) for role in roles]
-        chart.add(name, [_value(v, f"{r}, {name}: {bytes_text(v)}") for r, v in zip(roles, values, strict=True)])
-    return _svg(chart, "bytes")
+        chart.add(name, [marked(v, f"{r}, {name}: {bytes_text(v)}") for r, v in zip(roles, values, strict=True)])
+    return svg(chart, "bytes")
 
 
 def error_plot(layers: Sequence[LayerError]) -> str:
@@ -43,10 +42,10 @@ def error_plot(layers: Sequence[LayerError]) -> str:
     for index, layer in enumerate(layers, 1):
         if layer.relative_error is not None:
             text = f"{layer.name}: {figure_text(100 * layer.relative_error, 3)} %"
-            points.setdefault(layer.role, []).append(_value((index, 100 * layer.relative_error), text))
+            points.setdefault(layer.role, []).append(marked((index, 100 * layer.relative_error), text))
     roles = [role for role in ROLES if role in points]
     colours = [ROLE_COLOURS[role] for role in roles]
-    chart = _chart(pygal.XY, height=320, colours=colours, stroke=False, dots_size=3.5)
+    chart = blank_chart(pygal.XY, height=320, colours=colours, stroke=False, dots_size=3.5)
     chart.value_formatter = lambda value: f"{value:g} %"
     chart.x_value_formatter = lambda value: f"{value:.0f}" if value == int(value) else ""
     top = max((point["value"][1] for role in roles for point in points[role]), default=1.0)
@@ -54,7 +53,7 @@ def error_plot(layers: Sequence[LayerError]) -> str:
     chart.xrange = (0, len(layers) + 1)
     for role in roles:
         chart.add(role, points[role])
-    return _svg(chart, "errors")
+    return svg(chart, "errors")
 
 
 def output_error_plot(points: Sequence[tuple[str, str, float, float]]) -> str:
@@ -66,18 +65,18 @@ def output_error_plot(points: Sequence[tuple[str, str, float, float]]) -> str:
     by_role: dict[str, list[dict[str, Any]]] = {}
     for name, role, predicted, measured in points:
         text = f"{name}: predicted {figure_text(100 * predicted, 2)} %, measured {figure_text(100 * measured, 2)} %"
-        by_role.setdefault(role, []).append(_value((math.log10(predicted), math.log10(measured)), text))
+        by_role.setdefault(role, []).append(marked((math.log10(predicted), math.log10(measured)), text))
     roles = [role for role in ROLES if role in by_role]
     colours = [ROLE_COLOURS[role] for role in roles]
-    chart = _chart(pygal.XY, height=360, colours=colours, stroke=False, dots_size=3.5)
+    chart = blank_chart(pygal.XY, height=360, colours=colours, stroke=False, dots_size=3.5)
     chart.value_formatter = chart.x_value_formatter = lambda value: f"{figure_text(100 * 10**value, 2)} %"
     spread = [_decades([point[2] for point in points]), _decades([point[3] for point in points])]
     chart.xrange, chart.range = spread[0], spread[1]
-    chart.x_labels, chart.y_labels = (_log_ticks(low, high) for low, high in spread)
+    chart.x_labels, chart.y_labels = (log_ticks(low, high) for low, high in spread)
     chart.x_title, chart.y_title = "predicted", "measured"
     for role in roles:
         chart.add(role, by_role[role])
-    return _svg(chart, "outputs")
+    return svg(chart, "outputs")
 
 
 def _decades(values: Sequence[float]) -> tuple[float, float]:
@@ -85,88 +84,12 @@ def _decades(values: Sequence[float]) -> tuple[float, float]:
     return math.log10(min(values)) - 0.1, math.log10(max(values)) + 0.1
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Logarithms of 1, 2 and 5 times powers of ten between two logarithms."""
-    powers = range(math.floor(low), math.ceil(high) + 1)
-    ticks = [math.log10(digit) + power for power in powers for digit in (1, 2, 5)]
-    return [tick for tick in ticks if low <= tick <= high]
-
-
 def time_plot(passes: Sequence[PassEntry]) -> str:
     """Seconds of each pass in the order of the pipeline, as SVG text."""
     rows = list(passes)[::-1]
-    chart = _chart(pygal.HorizontalBar, height=_AXIS + _ROW * len(rows), colours=("var(--artifact)",))
+    chart = blank_chart(pygal.HorizontalBar, height=_AXIS + _ROW * len(rows), colours=("var(--artifact)",))
     chart.x_labels = [entry.name for entry in rows]
     in_seconds = max((entry.seconds for entry in rows), default=0.0) >= 1
     chart.value_formatter = lambda value: f"{value:g} s" if in_seconds else f"{1000 * value:g} ms"
-    chart.add("time", [_value(p.seconds, f"{p.name}: {seconds_text(p.seconds)}, {p.changed} changes") for p in rows])
-    return _svg(chart, "times")
-
-
-def _value(value: Any, tooltip: str) -> dict[str, Any]:
-    return {"value": value, "tooltip": tooltip}
-
-
-def _chart(kind: Any, *, height: int, colours: Sequence[str], **options: Any) -> Any:
-    font = "inherit"
-    style = Style(
-        background="transparent",
-        plot_background="transparent",
-        foreground="var(--muted)",
-        foreground_strong="var(--text)",
-        foreground_subtle="var(--line)",
-        guide_stroke_color="var(--line)",
-        major_guide_stroke_color="var(--line)",
-        guide_stroke_dasharray="2,4",
-        major_guide_stroke_dasharray="2,4",
-        colors=tuple(colours) * 8,
-        value_colors=("var(--text)",) * 64,
-        opacity=".9",
-        opacity_hover="1",
-        transition="0s",
-        font_family=font,
-        label_font_family=font,
-        major_label_font_family=font,
-        legend_font_family=font,
-        value_font_family=font,
-        title_font_family=font,
-        label_font_size=13,
-        major_label_font_size=13,
-        legend_font_size=13,
-        value_font_size=12,
-        title_font_size=13,
-    )
-    return kind(
-        style=style,
-        width=_WIDTH,
-        height=height,
-        margin=8,
-        margin_right=40,  # half of the last label
-        js=(),  # the default would fetch a script
-        show_legend=False,  # the page has one that wraps
-        truncate_label=60,
-        max_scale=7,
-        rounded_bars=2,
-        show_y_guides=True,
-        disable_xml_declaration=True,
-        **options,
-    )
-
-
-def _svg(chart: Any, name: str) -> str:
-    """Render without scripts and comments, and with a fixed id instead of a random one."""
-    chart.uuid = name
-    chart.add_xml_filter(_without_scripts)
-    return str(chart.render(is_unicode=True))
-
-
-def _without_scripts(root: Any) -> Any:
-    for parent in root.iter():
-        for child in list(parent):
-            if callable(child.tag) or child.tag == "script":  # a comment's tag is a function
-                parent.remove(child)
-    for child in list(root):
-        if child.tag == "title":  # the page has its own headings; a title would be a tooltip of the whole plot
-            root.remove(child)
-    root.attrib["role"] = "img"
-    return root
+    chart.add("time", [marked(p.seconds, f"{p.name}: {seconds_text(p.seconds)}, {p.changed} changes") for p in rows])
+    return svg(chart, "times")

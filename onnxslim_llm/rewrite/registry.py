@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -13,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from onnxslim_llm.errors import UsageError, did_you_mean
 from onnxslim_llm.rewrite.passes import Pass
 
-__all__ = ["all_passes", "make_pass"]
+__all__ = ["all_passes", "check_options", "make_pass"]
 
 
 @cache
@@ -52,15 +53,8 @@ def make_pass(name: str, options: Mapping[str, Any]) -> Pass:
     Raises:
         UsageError: Unknown pass, unknown option, or a value of the wrong type or range.
     """
-    known = all_passes()
-    if name not in known:
-        raise UsageError(f"unknown pass '{name}'", todo=did_you_mean(name, known))
-    kind = known[name]
-    fields = kind.__dataclass_fields__
-    for option in options:
-        if option not in fields:
-            hint = did_you_mean(option, fields) if fields else "the pass takes no options"
-            raise UsageError(f"pass '{name}' has no option '{option}'", todo=hint)
+    check_options(name, options)
+    kind = all_passes()[name]
     try:
         return _adapter(kind).validate_python(dict(options))
     except ValidationError as error:
@@ -69,6 +63,22 @@ def make_pass(name: str, options: Mapping[str, Any]) -> Pass:
         raise UsageError(f"{where}: {first['msg']}", where=f"value {first.get('input')!r}") from error
     except (ValueError, TypeError) as error:
         raise UsageError(f"{name}: {error}") from error
+
+
+def check_options(name: str, options: Iterable[str], where: str = "") -> None:
+    """Check that there is a pass of this name and that it has these options.
+
+    Raises:
+        UsageError: One of them is unknown; it has the nearest known names, and `where`.
+    """
+    known = all_passes()
+    if name not in known:
+        raise UsageError(f"unknown pass '{name}'", where=where, todo=did_you_mean(name, known))
+    names = [field.name for field in fields(known[name])]
+    for option in options:
+        if option not in names:
+            hint = did_you_mean(option, names) if names else "the pass takes no options"
+            raise UsageError(f"pass '{name}' has no option '{option}'", where=where, todo=hint)
 
 
 @cache
