@@ -1,7 +1,8 @@
 """The operators of the domain ``onnxslim_llm.ops``: their schemas, and the library that ONNX Runtime loads them from.
 
 ===============  ==================================================================================================
-MatMulPacked     Y = activate(A * B + (A * U) * V + bias) + residual; B is one packed weight, see :mod:`packed`.
+MatMulPacked     Y = activate(A * B + (A * U) * V + bias) + residual; B is one packed weight, see :mod:`packed` and
+                 :mod:`sparse`.
 GatherPacked     Y = rows of the table [N, K] that is stored as the packed weight B [K, N].
 EmptyNode        nothing: what a node costs beside its work.
 ===============  ==================================================================================================
@@ -27,6 +28,7 @@ __all__ = [
     "ACCURACIES",
     "ACTIVATIONS",
     "DOMAIN",
+    "EXPANDS",
     "LIBRARY_NAME",
     "VERSION",
     "cmake_folder",
@@ -43,6 +45,11 @@ ACCURACIES = ("exact", "bf16", "int8")
 """The least precision of a product, see ``matmul_reference.Accuracy``; "int8" is the default."""
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "silu_gate", "gelu_gate", "gelu_tanh_gate")
 """What follows a product, see ``matmul_reference.Activation``; "none" is the default."""
+
+EXPANDS = ("auto", "load", "run")
+"""What is done with a sparse weight. "load": it is expanded when the session opens, dense in memory and as fast as a
+dense one. "run": it is expanded in every product, which takes the least memory. "auto" (the default): as "load", but
+products of few rows read the sparse weight where that is faster on this machine."""
 
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 LIBRARY_NAME = f"libonnxslim_llm_ops{_SUFFIX}"
@@ -111,7 +118,7 @@ def schemas() -> tuple[OpSchema, ...]:
         doc="Y = activate(A * B + (A * U) * V + bias) + residual.",
         inputs=[
             _formal("A", "T", "[..., K]"),
-            _formal("B", "tensor(uint8)", "The packed weight [K, N]; an initializer."),
+            _formal("B", "tensor(uint8)", "The packed or sparse weight [K, N]; an initializer."),
             _formal("bias", "T", "[N]", optional=True),
             _formal("residual", "T", "The shape of Y.", optional=True),
             _formal("U", "tensor(float)", "[K, rank]", optional=True),
@@ -123,6 +130,7 @@ def schemas() -> tuple[OpSchema, ...]:
             *_packed_attributes(),
             _attribute("accuracy", "int8", f"The least precision: {', '.join(ACCURACIES)}."),
             _attribute("activation", "none", f"What follows: {', '.join(ACTIVATIONS)}."),
+            _attribute("expand", "auto", f"When a sparse B is expanded: {', '.join(EXPANDS)}."),
         ],
     )
     matmul.set_type_and_shape_inference_function(_infer_matmul)

@@ -1,8 +1,9 @@
 """The sparse packed weight in numpy: a packed weight without the codes that are the zero point of their block.
 
 ``src/packing/sparse_weight.h`` describes the format and is its twin: both must give the same bytes. A bitmap says which
-codes are stored, so that a place takes ``density * bits + 1`` bits where the packed weight takes ``bits``. Both forms
-hold the same codes, scales and zero points: each can be made of the other, byte for byte.
+codes are stored, so that a place takes ``density * bits + 1`` bits where the packed weight takes ``bits``, and up to
+2 % more where the nibbles of a chunk are not shared out evenly. Both forms hold the same codes, scales and zero points:
+each can be made of the other, byte for byte. Codes of 2 and 3 bits have no sparse form.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ TAIL_BYTES = 64
 
 _OFFSET = np.dtype("<u8")
 _WORD_ROWS = 4
+_NIBBLE_ROWS = 16
 _WRONG_TABLE = "the strips of the sparse packed weight do not end where its table says"
 
 
@@ -53,7 +55,7 @@ class SparseParts:
 
 
 def break_even(bits: int) -> float:
-    """The share of codes at the zero point above which the sparse form is the smaller one: 1 / bits."""
+    """The share of codes at the zero point above which the sparse form is the smaller one."""
     return 1 / bits
 
 
@@ -69,9 +71,10 @@ def make_sparse(packed: Array) -> npt.NDArray[np.uint8]:
         packed: uint8, see :mod:`packed`.
 
     Raises:
-        ValueError: ``packed`` is no packed weight.
+        ValueError: ``packed`` is no packed weight, or one of 2 or 3 bits.
     """
     scheme = dense.parse(packed)
+    _check_bits(scheme)
     codes, fixed = _codes_and_rest(packed, scheme)
     fill = _fill(fixed, scheme)
     pieces: list[Array] = []
@@ -81,8 +84,7 @@ def make_sparse(packed: Array) -> npt.NDArray[np.uint8]:
         for chunk in range(scheme.chunks):
             present = codes[strip, chunk] != fill[strip, chunk]
             bitmap = np.packbits(present, axis=None, bitorder="little")
-            values = _bit_stream(codes[strip, chunk][present], scheme.bits)
-            pieces += [bitmap, fixed[strip, chunk], values]
+            pieces += [bitmap, fixed[strip, chunk], _values_of(codes[strip, chunk], present, scheme.bits)]
         ends.append(ends[-1] + sum(piece.size for piece in pieces[start:]))
     table = np.array(ends, _OFFSET).view(np.uint8)
     body = np.concatenate([table, *pieces, np.zeros(TAIL_BYTES, np.uint8)])
@@ -108,14 +110,15 @@ def expand(sparse: Array) -> npt.NDArray[np.uint8]:
             at += bitmap_bytes
             fixed[strip, chunk] = payload[at : at + fixed_bytes]
             at += fixed_bytes
-            count = int(present.sum())
-            size = -(-count * scheme.bits // 8)
             here = _fill(fixed[strip : strip + 1, chunk : chunk + 1], scheme)[0, 0]
-            here[present] = _from_bit_stream(payload[at : at + size], scheme.bits, count)
+            planes = _planes(present, scheme.bits)
+            for number, places in enumerate(planes):
+                own = present & places
+                here[own] = payload[at : at + int(own.sum())] >> np.uint8(4 * number) & np.uint8(2**scheme.bits - 1)
             codes[strip, chunk] = here
-            at += size
-    planes = dense._planes(_by_row(codes, scheme), scheme.bits)
-    return np.concatenate([dense.header(scheme), np.concatenate([planes, fixed], axis=2).reshape(-1)])
+            at += max(int((present & places).sum()) for places in planes)
+    packed_codes = dense._planes(_by_row(codes, scheme), scheme.bits)
+    return np.concatenate([dense.header(scheme), np.concatenate([packed_codes, fixed], axis=2).reshape(-1)])
 
 
 def parse(sparse: Array) -> SparseParts:
@@ -142,6 +145,7 @@ def parse(sparse: Array) -> SparseParts:
         scale_dtype=dense._SCALE_DTYPES[found["scale_type"]],
         paired=bool(found["column_order"]),
     )
+    _check_bits(scheme)
     payload = sparse[HEADER_BYTES:]
     if not np.array_equal(_header(scheme, payload.size), sparse[:HEADER_BYTES]):
         raise ValueError("the sizes in the header of the sparse packed weight contradict each other")
@@ -163,9 +167,10 @@ def _walk(payload: Array, scheme: PackedScheme, at: int, end: int) -> int:
     for _ in range(scheme.chunks):
         if end - at < bitmap_bytes + fixed_bytes:
             raise ValueError(_WRONG_TABLE)
-        count = int(np.bitwise_count(payload[at : at + bitmap_bytes]).sum())
-        at += bitmap_bytes + fixed_bytes + -(-count * scheme.bits // 8)
-        values += count
+        present = np.unpackbits(payload[at : at + bitmap_bytes], bitorder="little").astype(bool)
+        counts = [int((present & places).sum()) for places in _planes(present, scheme.bits)]
+        at += bitmap_bytes + fixed_bytes + max(counts)
+        values += sum(counts)
     if at != end:
         raise ValueError(_WRONG_TABLE)
     return values
@@ -212,11 +217,22 @@ def _fill(fixed: Array, scheme: PackedScheme) -> Array:
     return words.reshape(strips, chunks, -1)
 
 
-def _bit_stream(codes: Array, bits: int) -> Array:
-    apart = (codes[:, None] >> np.arange(bits, dtype=np.uint8)) & np.uint8(1)
-    return np.packbits(apart, axis=None, bitorder="little")
+def _planes(places: Array, bits: int) -> list[Array]:
+    """Which of a chunk's places have their codes in the low nibbles, and which in the high ones."""
+    if bits == 8:
+        return [np.ones(places.shape, bool)]
+    high = np.arange(places.size) // (_NIBBLE_ROWS * STRIP_COLUMNS) % 2 == 1
+    return [~high, high]
 
 
-def _from_bit_stream(data: Array, bits: int, count: int) -> Array:
-    apart = np.unpackbits(data, bitorder="little")[: count * bits].reshape(count, bits)
-    return np.bitwise_or.reduce(apart << np.arange(bits, dtype=np.uint8), axis=1, dtype=np.uint8)
+def _values_of(codes: Array, present: Array, bits: int) -> Array:
+    planes = [codes[present & places] for places in _planes(present, bits)]
+    values = np.zeros(max(plane.size for plane in planes), np.uint8)
+    for number, plane in enumerate(planes):
+        values[: plane.size] |= plane << np.uint8(4 * number)
+    return values
+
+
+def _check_bits(scheme: PackedScheme) -> None:
+    if scheme.bits not in (4, 8):
+        raise ValueError(f"codes of {scheme.bits} bits have no sparse form")

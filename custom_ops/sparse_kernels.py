@@ -46,12 +46,12 @@ def sparse_bytes(packed: Array) -> int:
     """Bytes of the sparse form of a packed weight.
 
     Raises:
-        ValueError: the bytes are no packed weight.
+        ValueError: the bytes are no packed weight, or one of 2 or 3 bits.
     """
     packed = np.ascontiguousarray(packed)
     found = int(_library().osl_sparse_bytes(packed.ctypes.data, packed.size))
     if found < 0:
-        raise ValueError("these bytes are not a packed weight")
+        raise ValueError("these bytes are not a packed weight of 4 or 8 bits")
     return found
 
 

@@ -15,7 +15,7 @@ pytestmark = [needs_library, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "custom_ops" / "src"
-TESTS = ("test_op_hostile.py", "test_op_results.py", "test_op_concurrent.py")
+TESTS = ("test_op_hostile.py", "test_op_results.py", "test_op_concurrent.py", "test_op_sparse.py")
 FLAGS = (
     *("-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden"),
     *("-ffp-contract=off", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-Wl,-z,nodelete"),
@@ -49,7 +49,7 @@ def runtime_of(name: str) -> str:
 
 def build(library: Path) -> None:
     """The glue with the scalar kernels: those of other instruction sets have sanitized tests of their own."""
-    names = ("kernels/gather_packed", "kernels/matmul", "packing/packed_weight")
+    names = ("kernels/gather_packed", "kernels/matmul", "packing/packed_weight", "packing/sparse_weight")
     names += ("platform/instruction_set", "platform/kernel_isa")
     sources = [*(SOURCES / "glue").glob("*.cpp"), *(SOURCES / f"{name}.cpp" for name in names)]
     scalar = library.with_name("scalar.o")

@@ -5,9 +5,12 @@
 //   output      Y [..., N] T, or [..., N / 2] with a gate
 //   attributes  K, N, bits, block_size: as in B's header, so that a model can be read without its weights;
 //               accuracy "exact" | "bf16" | "int8" (default); activation "none" (default) | "silu" | "gelu" |
-//               "gelu_tanh" | "silu_gate" | "gelu_gate" | "gelu_tanh_gate"
+//               "gelu_tanh" | "silu_gate" | "gelu_gate" | "gelu_tanh_gate"; expand "auto" (default) | "load" | "run",
+//               of a B in the sparse form (packing/sparse_weight.h): see custom_ops/ops.py
+#include <cstdlib>
 #include <cstring>
 #include <iterator>
+#include <memory>
 #include <new>
 
 #include "glue/inference.h"
@@ -31,6 +34,10 @@ constexpr const char* kActivations[] = {"none",      "silu",      "gelu",       
                                         "silu_gate", "gelu_gate", "gelu_tanh_gate"};
 constexpr char kGateSuffix[] = "_gate";
 
+// When the codes of a sparse weight get their places.
+enum Expand : int32_t { kExpandAuto, kExpandLoad, kExpandRun };
+constexpr const char* kExpands[] = {"auto", "load", "run"};
+
 bool is_gate(const char* activation) {
     const size_t length = std::strlen(activation), suffix = sizeof(kGateSuffix) - 1;
     return length > suffix && std::strcmp(activation + length - suffix, kGateSuffix) == 0;
@@ -40,6 +47,10 @@ osl::ElementType element_type(int32_t type) {
     return type == kFloat16 ? osl::kFloat16 : type == kBfloat16 ? osl::kBfloat16 : osl::kFloat32;
 }
 
+struct FreeMemory {
+    void operator()(void* memory) const { std::free(memory); }
+};
+
 struct Kernel {
     Kernel(const OrtApi* api, const OrtKernelInfo* info) : node(api, info, kMatMulPacked.name) {}
 
@@ -48,9 +59,13 @@ struct Kernel {
     size_t input_count = 0;
     int64_t threads = 1;
     MatMulProblem problem = {};  // what does not change from call to call
+    SparseWeight sparse = {};
+    int64_t sparse_rows = 0;                        // up to which it is read although it was expanded
+    std::unique_ptr<uint8_t, FreeMemory> expanded;  // of a sparse weight that is expanded when the session opens
     ScratchSource scratch;
 
     OrtStatus* open(const Operator& op);
+    OrtStatus* open_sparse(Expand expand);
     OrtStatus* compute(OrtKernelContext* context) const;
     OrtStatus* set_parts(const OrtKernelContext* context, const Shape& output, MatMulProblem* call) const;
     OrtStatus* run(OrtKernelContext* context, const MatMulProblem& call) const;
@@ -61,10 +76,13 @@ OrtStatus* Kernel::open(const Operator& op) {
     shape_in_place = op.runtime.shape_in_place;
     threads = usable_threads();
     OSL_RETURN_IF_FAILED(KernelInfoGetInputCount::call(api, node.info(), &input_count));
-    int32_t accuracy = 0, activation = 0;
+    int32_t accuracy = 0, activation = 0, expand = 0;
     OSL_RETURN_IF_FAILED(node.choice("accuracy", kAccuracies, std::size(kAccuracies), kInt8, &accuracy));
     OSL_RETURN_IF_FAILED(node.choice("activation", kActivations, std::size(kActivations), kNoActivation, &activation));
-    OSL_RETURN_IF_FAILED(read_packed(node, kB, shape_in_place, &problem.b));
+    OSL_RETURN_IF_FAILED(node.choice("expand", kExpands, std::size(kExpands), kExpandAuto, &expand));
+    bool is_sparse = false;
+    OSL_RETURN_IF_FAILED(read_packed_or_sparse(node, kB, shape_in_place, &problem.b, &sparse, &is_sparse));
+    if (is_sparse) OSL_RETURN_IF_FAILED(open_sparse((Expand)expand));
     problem.type = element_type(op.element_type);
     problem.accuracy = (Accuracy)accuracy;
     problem.activation = (Activation)activation;
@@ -88,6 +106,20 @@ OrtStatus* Kernel::open(const Operator& op) {
     trial.y_stride = output_columns(problem.b, problem.activation);
     if (const char* error = plan_matmul(trial, threads, kAutoIsa, &plan)) return node.fail(kInvalidGraph, "%s", error);
     return scratch.open(op.runtime, api, node.info());
+}
+
+OrtStatus* Kernel::open_sparse(Expand expand) {
+    if (expand == kExpandRun) {
+        problem.sparse = &sparse;
+        return nullptr;
+    }
+    if (expand == kExpandAuto) sparse_rows = rows_faster_sparse(sparse);
+    const size_t bytes = (size_t)packed_round_up(expanded_bytes(sparse), kScratchAlignment);
+    expanded.reset(static_cast<uint8_t*>(std::aligned_alloc(kScratchAlignment, bytes)));
+    if (expanded == nullptr) return node.fail(kFail, "out of memory for the expanded weight of %zu bytes", bytes);
+    expand_weight(sparse, kAutoIsa, expanded.get());
+    const char* error = parse_packed_weight(expanded.get(), (size_t)expanded_bytes(sparse), &problem.b);
+    return error == nullptr ? nullptr : node.fail(kFail, "%s", error);
 }
 
 OrtStatus* Kernel::set_parts(const OrtKernelContext* context, const Shape& output, MatMulProblem* call) const {
@@ -136,6 +168,7 @@ OrtStatus* Kernel::compute(OrtKernelContext* context) const {
     if (input_count > kBias) OSL_RETURN_IF_FAILED(set_parts(context, output, &call));
     OSL_RETURN_IF_FAILED(make_output(api, context, output, &call.y));
     if (call.m == 0) return nullptr;
+    if (call.m <= sparse_rows && call.accuracy == kInt8) call.sparse = &sparse;
     call.a = a.data;
     call.a_stride = problem.b.rows;
     call.y_stride = output.last();

@@ -93,6 +93,7 @@ const char* osl_make_sparse(const void* packed, int64_t bytes, int64_t sparse_by
     osl::PackedWeight w;
     if (bytes < 0) return "the number of bytes is negative";
     if (const char* error = osl::parse_packed_weight(packed, (size_t)bytes, &w)) return error;
+    if (osl::sparse_weight_bytes(w) < 0) return "codes of 2 and 3 bits have no sparse form";
     if (sparse == nullptr || sparse_bytes != osl::sparse_weight_bytes(w)) return "the result has another size";
     osl::make_sparse(w, sparse_bytes, sparse);
     return nullptr;

@@ -6,53 +6,71 @@
 namespace osl {
 namespace OSL_ISA {
 
-constexpr int32_t kGroupWords = 16;  // 64 rows, after which the order of codes in a packed chunk repeats itself
+constexpr int32_t kHalfWords = kDotRows / kWordRows;  // of 32 rows, after which the order of codes repeats itself
 
-// Codes that share a byte lie 16 rows, that is 4 words, apart. `codes` are kGroupWords * 64 bytes; see code_place().
-template <int32_t kShared, int32_t kWidth>
-static inline void merge_codes(const uint64_t* codes, uint64_t* to) {
-    constexpr int32_t kOctets = 8 * 4;  // of 4 words
-    for (int32_t span = 0; span < 4 / kShared; span++, codes += kShared * kOctets, to += kOctets)
-        for (int32_t i = 0; i < kOctets; i++) {
-            uint64_t merged = 0;
-            for (int32_t s = 0; s < kShared; s++) merged |= codes[s * kOctets + i] << (s * kWidth);
-            to[i] = merged;
+#if defined(__AVX512VBMI2__)
+
+static inline __m512i block_fill(const SparseWeight& s, const uint8_t* chunk, int32_t block) {
+    alignas(64) uint8_t fill[64];
+    if (!s.packed.scheme.zero_points) return _mm512_set1_epi8(8);
+    fill_of(s, chunk, block, fill);
+    return load_fill(fill);
+}
+
+// Codes of 4 bits without a stop in memory.
+static inline const uint8_t* expand_chunk_4bit(const SparseWeight& s, const uint8_t* chunk, uint8_t* to) {
+    const PackedWeight& w = s.packed;
+    const uint8_t *low = chunk + s.values_at, *high = low;
+    for (int32_t half = 0; half < w.chunk_rows / kDotRows; half++) {
+        const int32_t row = half * kDotRows;
+        const __m512i fill = block_fill(s, chunk, row >> w.block_shift);
+        const __m512i fill_high = block_fill(s, chunk, (row + 16) >> w.block_shift);
+#pragma GCC unroll 4
+        for (int32_t j = 0; j < 4; j++, to += 64) {
+            const uint64_t there = bitmap_word(chunk, half * 8 + j), there_high = bitmap_word(chunk, half * 8 + j + 4);
+            const __m512i codes = expand_word<4, false>(there, low, fill);
+            const __m512i codes_high = expand_word<4, true>(there_high, high, fill_high);
+            _mm512_storeu_si512(to, _mm512_or_si512(codes, _mm512_slli_epi16(codes_high, 4)));
+            low += values_in(there);
+            high += values_in(there_high);
         }
+    }
+    memcpy(to, chunk + s.scales_at, (size_t)(s.values_at - s.scales_at));
+    return low > high ? low : high;
 }
 
-// See high_bit_place(): codes whose third bits share a byte lie 8 rows, 2 words, apart.
-static inline void merge_high_bits(uint64_t* codes, uint64_t* to) {
-    constexpr uint64_t kOnes = 0x0101010101010101u;
-    for (int32_t i = 0; i < 16; i++) {
-        uint64_t merged = 0;
-        for (int32_t s = 0; s < 8; s++) merged |= (codes[s * 16 + i] >> 2 & kOnes) << s;
-        to[i] = merged;
-    }
-    for (int32_t i = 0; i < kGroupWords * 8; i++) codes[i] &= 3 * kOnes;
-}
+#endif
 
 template <int32_t kBits>
 static inline const uint8_t* expand_chunk(const SparseWeight& s, const uint8_t* chunk, uint8_t* to) {
+#if defined(__AVX512VBMI2__)
+    if constexpr (kBits == 4) return expand_chunk_4bit(s, chunk, to);
+#endif
     const PackedWeight& w = s.packed;
-    const uint8_t* values = chunk + s.values_at;
-    alignas(64) uint64_t codes[kGroupWords * 8], merged[kGroupWords * 8];
+    const uint8_t *low = chunk + s.values_at, *high = low;
+    alignas(64) uint64_t codes[kHalfWords * 8];
     alignas(64) uint8_t fill[64];
-    int64_t bit = 0;
-    for (int32_t first = 0; first < w.chunk_rows / kWordRows; first += kGroupWords) {
-        for (int32_t i = 0; i < kGroupWords; i++) {
-            const int32_t word = first + i, block = word * kWordRows >> w.block_shift;
-            if (i == 0 || (word * kWordRows & (w.scheme.block - 1)) == 0) fill_of(s, chunk, block, fill);
-            const uint64_t present = bitmap_word(chunk, word);
-            store_word((uint8_t*)(codes + i * 8), expand_word<kBits>(present, values, bit, load_fill(fill)));
-            bit += values_in(present) * kBits;
+    for (int32_t word = 0; word < w.chunk_rows / kWordRows; word += kHalfWords) {
+        for (int32_t i = 0; i < kHalfWords; i++) {
+            const int32_t row = (word + i) * kWordRows;
+            if (i == 0 || (row & (w.scheme.block - 1)) == 0) fill_of(s, chunk, row >> w.block_shift, fill);
+            const uint64_t present = bitmap_word(chunk, word + i);
+            if (kBits == 4 && i >= kHalfWords / 2) {
+                store_word((uint8_t*)(codes + i * 8), expand_word<kBits, true>(present, high, load_fill(fill)));
+                high += values_in(present);
+            } else {
+                store_word((uint8_t*)(codes + i * 8), expand_word<kBits, false>(present, low, load_fill(fill)));
+                low += values_in(present);
+            }
         }
-        constexpr int32_t kBytes = kGroupWords * 64 * kBits / 8;
-        if constexpr (kBits == 3) merge_high_bits(codes, merged + 32);
-        merge_codes<kBits == 8 ? 1 : kBits == 4 ? 2 : 4, kBits == 3 ? 2 : kBits>(codes, merged);
-        memcpy(to + first / kGroupWords * kBytes, merged, kBytes);
+        if constexpr (kBits == 4)  // codes that share a byte are 16 rows apart
+            for (int32_t i = 0; i < kHalfWords * 4; i++) codes[i] |= codes[kHalfWords * 4 + i] << 4;
+        constexpr int32_t kBytes = kHalfWords * 64 * kBits / 8;
+        memcpy(to, codes, kBytes);
+        to += kBytes;
     }
-    memcpy(to + w.scales_at, chunk + s.scales_at, (size_t)(s.values_at - s.scales_at));
-    return values + (bit + 7) / 8;
+    memcpy(to, chunk + s.scales_at, (size_t)(s.values_at - s.scales_at));
+    return low > high ? low : high;
 }
 
 template <int32_t kBits>
@@ -66,16 +84,8 @@ static void expand_strips_of(const SparseWeight& s, int64_t first, int64_t last,
 
 // Strips [first, last), one after the other.
 static inline void expand_strips_any(const SparseWeight& s, int64_t first, int64_t last, uint8_t* strips) {
-    switch (s.packed.scheme.bits) {
-        case 8:
-            return expand_strips_of<8>(s, first, last, strips);
-        case 4:
-            return expand_strips_of<4>(s, first, last, strips);
-        case 3:
-            return expand_strips_of<3>(s, first, last, strips);
-        default:
-            return expand_strips_of<2>(s, first, last, strips);
-    }
+    if (s.packed.scheme.bits == 4) return expand_strips_of<4>(s, first, last, strips);
+    return expand_strips_of<8>(s, first, last, strips);
 }
 
 }  // namespace OSL_ISA

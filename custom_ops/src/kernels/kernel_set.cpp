@@ -11,6 +11,9 @@
 #else
 #include "kernels/int8_tile_scalar.h"
 #endif
+#if defined(__AVX512VBMI2__)
+#include "kernels/sparse_tile_avx512.h"
+#endif
 #if defined(__AMX_BF16__)
 #include "kernels/amx_bf16.h"
 #endif
@@ -56,8 +59,30 @@ void run_packed(const MatMulProblem& p, const MatMulPlan& plan, uint8_t* scratch
     }
 }
 
+#if defined(__AVX512VBMI2__)
+
+void run_sparse(const MatMulProblem& p, const MatMulPlan& plan, uint8_t* scratch, int64_t first, int64_t last) {
+    const int32_t strips = p.activation >= kSiluGate ? 2 : 1;
+    const float* low_rank = (const float*)(scratch + plan.low_rank_at);
+    const Int8Rows rows = int8_group(p.b, int8_scratch(p.b, p.m, scratch), p.m, 0);
+    for (int64_t strip = first; strip < last; strip += strips) {
+        alignas(64) float sums[2][kSparseRows * kStripColumns];
+        for (int32_t i = 0; i < strips; i++) sparse_tile(*p.sparse, strip + i, rows, sums[i]);
+        finish_rows(p, low_rank, 0, rows.rows, strip, sums[0], kStripColumns, kSparseRows * kStripColumns);
+    }
+}
+
+#else
+
+constexpr int64_t kSparseRows = 0;
+
+#endif
+
 void run(const MatMulProblem& p, const MatMulPlan& plan, uint8_t* scratch, int64_t first, int64_t last) {
     if (p.sparse == nullptr) return run_packed(p, plan, scratch, first, last);
+#if defined(__AVX512VBMI2__)
+    if (plan.expanded_strips == 0) return run_sparse(p, plan, scratch, first, last);
+#endif
     uint8_t* expanded = scratch + plan.expanded_at + first / plan.strips_per_run_unit * plan.expanded_bytes;
     MatMulProblem part = p;
     part.sparse = nullptr;
@@ -73,7 +98,7 @@ void run(const MatMulProblem& p, const MatMulPlan& plan, uint8_t* scratch, int64
 }  // namespace
 
 extern const KernelSet kKernels;
-const KernelSet kKernels = {prepare, run, expand_strips_any};
+const KernelSet kKernels = {prepare, run, expand_strips_any, kSparseRows};
 
 }  // namespace OSL_ISA
 }  // namespace osl

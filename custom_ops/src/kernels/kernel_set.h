@@ -86,6 +86,8 @@ struct KernelSet {
     void (*run)(const MatMulProblem& problem, const MatMulPlan& plan, uint8_t* scratch, int64_t first, int64_t last);
     // Strips [first, last) of a sparse weight.
     void (*expand)(const SparseWeight& weight, int64_t first, int64_t last, uint8_t* strips);
+    // Up to so many, the int8 mode reads sparse weights of 4 bits as they are.
+    int64_t sparse_rows;
 };
 
 #define OSL_DECLARE_KERNELS(isa)     \

@@ -72,6 +72,9 @@ constexpr int64_t kUnitsPerThread = 4;
 // Rows from which on dequantizing to bfloat16 for AMX beats exact sums with VNNI (measured).
 constexpr int64_t kAmxRows = 11;
 
+// Density up to which few rows are faster with sparse codes: there is less to read, but more to do (measured).
+constexpr double kSparseDensity = 0.4;
+
 int32_t method_of(const MatMulProblem& p, KernelIsa isa) {
     if (p.accuracy != kExact && isa == kIsaAmx && p.m >= kAmxRows) return kMethodAmxBf16;
     return p.accuracy == kInt8 ? kMethodInt8 : kMethodFloat;
@@ -81,6 +84,12 @@ int32_t method_of(const MatMulProblem& p, KernelIsa isa) {
 
 void expand_strips(const SparseWeight& weight, KernelIsa isa, int64_t first, int64_t last, uint8_t* strips) {
     kernels_of(isa == kAutoIsa ? best_kernel_isa() : isa).expand(weight, first, last, strips);
+}
+
+int64_t rows_faster_sparse(const SparseWeight& weight) {
+    const PackedWeight& w = weight.packed;
+    const double density = (double)weight.values / ((double)w.padded_rows * (double)w.strips_count * kStripColumns);
+    return w.scheme.bits == 4 && density <= kSparseDensity ? kernels_of(best_kernel_isa()).sparse_rows : 0;
 }
 
 void expand_weight(const SparseWeight& weight, KernelIsa isa, uint8_t* packed) {
@@ -114,7 +123,9 @@ const char* plan_matmul(const MatMulProblem& p, int64_t threads, KernelIsa isa, 
     plan->low_rank_at = activation_bytes(p, plan->method);
     plan->units_at = plan->low_rank_at + align_64(p.m * p.rank * (int64_t)sizeof(float));
     plan->expanded_at = plan->units_at + plan->unit_bytes * plan->run_units;
-    if (p.sparse != nullptr) {
+    const bool read_sparse =
+        plan->method == kMethodInt8 && p.b.scheme.bits == 4 && p.m <= kernels_of(chosen).sparse_rows;
+    if (p.sparse != nullptr && !read_sparse) {
         // What is expanded stays in the cache of the core that multiplies with it: the second level's with AMX.
         plan->expanded_strips = smaller(amx ? kBlockStrips : 2, plan->strips_per_run_unit);
         plan->expanded_bytes = align_64(plan->expanded_strips * p.b.strip_bytes);

@@ -58,7 +58,7 @@ constexpr int32_t kKernelIsas = 8;
 // batch are folded into m.
 struct MatMulProblem {
     PackedWeight b;              // [K, N]
-    const SparseWeight* sparse;  // null; or b without its strips, which are expanded a few at a time
+    const SparseWeight* sparse;  // null, or b in its sparse form: b needs no strips then
     const void* a;               // [m, K] of type `type`
     void* y;                     // [m, N], or [m, N / 2] with a gate, of type `type`
     int64_t m;
@@ -105,6 +105,9 @@ void run_matmul(const MatMulProblem& problem, const MatMulPlan& plan, void* scra
 
 // The strips [first, last) of a sparse weight as they are in a packed one: the same bytes on every instruction set.
 void expand_strips(const SparseWeight& weight, KernelIsa isa, int64_t first, int64_t last, uint8_t* strips);
+// Rows up to which a product takes less time with the sparse weight than with the packed one (measured, see
+// docs/kernels.md); 0 where it never does.
+int64_t rows_faster_sparse(const SparseWeight& weight);
 // The whole of it, header included: expanded_bytes() of them.
 void expand_weight(const SparseWeight& weight, KernelIsa isa, uint8_t* packed);
 

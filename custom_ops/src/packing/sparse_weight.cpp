@@ -9,7 +9,14 @@ int32_t bitmap_bytes(const PackedWeight& w) { return w.chunk_rows / kWordRows * 
 
 int64_t table_bytes(const PackedWeight& w) { return (w.strips_count + 1) * kOffsetBytes; }
 
-int64_t value_bytes(int64_t values, int32_t bits) { return (values * bits + 7) / 8; }
+bool has_sparse_form(const PackedScheme& scheme) { return scheme.bits == 4 || scheme.bits == 8; }
+
+// Stored codes by the nibbles that they lie in; all are low where a code takes a byte.
+struct Values {
+    int64_t low, high;
+    int64_t count() const { return low + high; }
+    int64_t bytes() const { return low > high ? low : high; }
+};
 
 void put_offset(uint8_t* payload, int64_t strip, int64_t at) {
     const uint64_t value = (uint64_t)at;
@@ -26,26 +33,21 @@ SparseWeight view_of(const PackedWeight& packed) {
     return s;
 }
 
-// The codes of a chunk that are stored, to `chunk` where that is not null. Returns how many.
-int64_t make_chunk(const SparseWeight& s, const uint8_t* from, uint8_t* chunk) {
+// The codes of a chunk that are stored, to `chunk` where that is not null.
+Values make_chunk(const SparseWeight& s, const uint8_t* from, uint8_t* chunk) {
     const PackedWeight& w = s.packed;
-    const int32_t bits = w.scheme.bits;
-    int64_t values = 0;
+    Values values = {};
     for (int32_t word = 0; word < w.chunk_rows / kWordRows; word++) {
+        const bool high = in_high_nibbles(w.scheme.bits, word);
+        int64_t& count = high ? values.high : values.low;
         uint64_t present = 0;
         for (int32_t place = 0; place < 64; place++) {
             const int32_t k = word * kWordRows + place % 4, column = place / 4;
-            const uint32_t code = read_code(from, bits, k, column);
+            const uint32_t code = read_code(from, w.scheme.bits, k, column);
             if (code == (uint32_t)zero_point(w, from, k >> w.block_shift, column)) continue;
             present |= uint64_t{1} << place;
-            if (chunk != nullptr) {
-                const int64_t bit = values * bits;
-                const uint32_t shifted = code << (bit & 7);
-                uint8_t* to = chunk + s.values_at + bit / 8;
-                to[0] |= (uint8_t)shifted;
-                if (shifted >> 8) to[1] |= (uint8_t)(shifted >> 8);
-            }
-            values++;
+            if (chunk != nullptr) chunk[s.values_at + count] |= (uint8_t)(code << (high ? 4 : 0));
+            count++;
         }
         if (chunk != nullptr) memcpy(chunk + word * 8, &present, sizeof present);
     }
@@ -61,13 +63,14 @@ int64_t walk_strip(const SparseWeight& s, int64_t at, int64_t end) {
     int64_t values = 0;
     for (int32_t chunk = 0; chunk < s.packed.chunks; chunk++) {
         if (end - at < s.values_at) return -1;
-        int64_t here = 0;
+        Values here = {};
         for (int32_t word = 0; word * 8 < s.scales_at; word++)
-            here += __builtin_popcountll(bitmap_word(s.payload + at, word));
+            (in_high_nibbles(s.packed.scheme.bits, word) ? here.high : here.low) +=
+                __builtin_popcountll(bitmap_word(s.payload + at, word));
         at += s.values_at;
-        if (end - at < value_bytes(here, s.packed.scheme.bits)) return -1;
-        at += value_bytes(here, s.packed.scheme.bits);
-        values += here;
+        if (end - at < here.bytes()) return -1;
+        at += here.bytes();
+        values += here.count();
     }
     return at == end ? values : -1;
 }
@@ -105,7 +108,7 @@ const char* parse_sparse_weight(const void* bytes, size_t size, SparseWeight* we
     const PackedScheme scheme = {header.bits, (int32_t)header.block, (ScaleType)header.scale_type,
                                  header.zero_points == 1};
     const ColumnOrder order = (ColumnOrder)header.column_order;
-    if (packed_weight_bytes(scheme, header.rows, header.columns, order) < 0)
+    if (!has_sparse_form(scheme) || packed_weight_bytes(scheme, header.rows, header.columns, order) < 0)
         return "the sparse packed weight has bits, a block or a shape that cannot be";
     SparseWeight s = view_of(view_packed_weight(scheme, header.rows, header.columns, order, nullptr));
     PackedHeader expected = packed_header(s.packed);
@@ -125,12 +128,12 @@ const char* parse_sparse_weight(const void* bytes, size_t size, SparseWeight* we
 }
 
 int64_t sparse_weight_bytes(const PackedWeight& weight) {
+    if (!has_sparse_form(weight.scheme)) return -1;
     const SparseWeight s = view_of(weight);
     int64_t bytes = (int64_t)sizeof(PackedHeader) + table_bytes(weight) + kSparseTail;
     for (int64_t strip = 0; strip < weight.strips_count; strip++)
         for (int32_t chunk = 0; chunk < weight.chunks; chunk++)
-            bytes += s.values_at +
-                     value_bytes(make_chunk(s, packed_chunk(weight, strip, chunk), nullptr), weight.scheme.bits);
+            bytes += s.values_at + make_chunk(s, packed_chunk(weight, strip, chunk), nullptr).bytes();
     return bytes;
 }
 
@@ -150,7 +153,7 @@ void make_sparse(const PackedWeight& weight, int64_t bytes, uint8_t* sparse) {
         for (int32_t chunk = 0; chunk < weight.chunks; chunk++) {
             const uint8_t* from = packed_chunk(weight, strip, chunk);
             memcpy(payload + at + s.scales_at, from + weight.scales_at, (size_t)(s.values_at - s.scales_at));
-            at += s.values_at + value_bytes(make_chunk(s, from, payload + at), weight.scheme.bits);
+            at += s.values_at + make_chunk(s, from, payload + at).bytes();
         }
     }
     put_offset(payload, weight.strips_count, at);

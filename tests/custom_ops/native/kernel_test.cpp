@@ -130,6 +130,79 @@ void check_hostile_header(const Weight &w) {
   }
 }
 
+// The zero point of its block for about `percent` of a weight's codes.
+void thin_out(Weight &w, int64_t percent) {
+  PackedWeight view;
+  parse_packed_weight(w.packed.data(), w.packed.size(), &view);
+  for (int64_t strip = 0; strip < view.strips_count; strip++)
+    for (int32_t c = 0; c < view.chunks; c++) {
+      uint8_t *chunk = w.packed.data() + sizeof(PackedHeader) +
+                       strip * view.strip_bytes + c * view.chunk_bytes;
+      for (int32_t k = 0; k < view.chunk_rows; k++)
+        for (int32_t column = 0; column < kStripColumns; column++) {
+          if (below(100) >= percent)
+            continue;
+          const CodePlace place = code_place(w.scheme.bits, k, column);
+          const int32_t zero =
+              zero_point(view, chunk, k >> view.block_shift, column);
+          const int32_t mask = (1 << w.scheme.bits) - 1;
+          chunk[place.byte] =
+              (uint8_t)((chunk[place.byte] & ~(mask << place.shift)) |
+                        zero << place.shift);
+        }
+    }
+}
+
+std::vector<uint8_t> sparse_of(const Weight &w) {
+  PackedWeight view;
+  parse_packed_weight(w.packed.data(), w.packed.size(), &view);
+  const int64_t bytes = sparse_weight_bytes(view);
+  if (bytes < 0)
+    return {};
+  std::vector<uint8_t> sparse((size_t)bytes);
+  make_sparse(view, bytes, sparse.data());
+  return sparse;
+}
+
+// The sparse form comes back as it was, on every instruction set.
+void check_sparse(const Weight &w, const std::vector<uint8_t> &sparse) {
+  MatMulProblem none = {};
+  SparseWeight view;
+  if (parse_sparse_weight(sparse.data(), sparse.size(), &view))
+    fail("parse sparse", w.scheme, none, kAutoIsa);
+  for (int32_t isa = kIsaScalar; isa < kKernelIsas; isa++) {
+    if (!supports((KernelIsa)isa))
+      continue;
+    std::vector<uint8_t> back((size_t)expanded_bytes(view));
+    expand_weight(view, (KernelIsa)isa, back.data());
+    if (back != w.packed)
+      fail("expand", w.scheme, none, (KernelIsa)isa);
+  }
+}
+
+// Whatever the header, the table and the bitmaps are: the parser says no, or
+// all that it lets by can be expanded.
+void check_hostile_sparse(const Weight &w, const std::vector<uint8_t> &sparse) {
+  for (int i = 0; i < 20; i++) {
+    std::vector<uint8_t> bytes = sparse;
+    const int64_t table = 64 + 8 * (strip_count(w.columns, w.order) + 1);
+    const int64_t reach = below(3) ? (int64_t)bytes.size() : table;
+    for (int64_t flips = 1 + below(4); flips > 0; flips--)
+      bytes[(size_t)below(reach)] ^= (uint8_t)(1u << below(8));
+    if (below(3) == 0)
+      bytes.resize((size_t)below((int64_t)bytes.size() + 1));
+    SparseWeight view;
+    if (parse_sparse_weight(bytes.data(), bytes.size(), &view))
+      continue;
+    for (int32_t isa = kIsaScalar; isa < kKernelIsas; isa++) {
+      if (!supports((KernelIsa)isa))
+        continue;
+      std::vector<uint8_t> back((size_t)expanded_bytes(view));
+      expand_weight(view, (KernelIsa)isa, back.data());
+    }
+  }
+}
+
 void compute(const MatMulProblem &p, KernelIsa isa, int64_t threads) {
   MatMulPlan plan;
   if (const char *error = plan_matmul(p, threads, isa, &plan)) {
@@ -174,7 +247,7 @@ void compare(const std::vector<float> &expected,
   }
 }
 
-void check_products(const Weight &w) {
+void check_products(const Weight &w, const std::vector<uint8_t> &sparse) {
   MatMulProblem p = {};
   parse_packed_weight(w.packed.data(), w.packed.size(), &p.b);
   p.m = one_of({1, 1, 2, 3, 5, 8, 10, 11, 15, 16, 17, 31, 33, 40, 70});
@@ -239,6 +312,17 @@ void check_products(const Weight &w) {
     const double relative =
         bf16 ? 2.0 / 128 + 1.0 / 64 : (double)w.rows * 0x1p-23;
     compare(expected, actual, size, same_bits, relative, w, p, (KernelIsa)isa);
+    SparseWeight codes;
+    if (!sparse.empty() &&
+        !parse_sparse_weight(sparse.data(), sparse.size(), &codes)) {
+      MatMulProblem same = p;
+      std::vector<float> again(actual.size(), -1.0f);
+      same.b = codes.packed;
+      same.sparse = &codes;
+      same.y = again.data();
+      compute(same, (KernelIsa)isa, 1 + below(4));
+      compare(actual, again, size, true, 0, w, p, (KernelIsa)isa);
+    }
     if (plain && p.m == 1 &&
         same_bits) { // a row alone gives what it gives among others
       MatMulProblem twice = p;
@@ -265,7 +349,14 @@ int main(int argc, char **argv) {
     Weight w = random_weight();
     check_round_trip(w);
     check_hostile_header(w);
-    check_products(w);
+    check_products(w, {});
+    if (w.scheme.bits == 4 || w.scheme.bits == 8) {
+      thin_out(w, below(101));
+      const auto sparse = sparse_of(w);
+      check_sparse(w, sparse);
+      check_hostile_sparse(w, sparse);
+      check_products(w, sparse);
+    }
   }
   printf("- %d rounds passed\n", rounds);
   return 0;
