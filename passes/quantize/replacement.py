@@ -165,5 +165,6 @@ def _entry(group: WeightGroup, scheme: WeightScheme, nbytes: int) -> dict[str, A
         "shape": list(group.source.shape),
         "bits": scheme.bits,
         "block": scheme.block,
+        "symmetric": scheme.symmetric,
         "bytes": [group.source.nbytes, nbytes],
     }
