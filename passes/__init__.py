@@ -45,10 +45,12 @@ from onnxslim_llm.passes.lower.weights.lower_ort_cpu import LowerOrtCpu
 from onnxslim_llm.passes.lower.weights.lower_ort_cpu_ops import LowerOrtCpuOps
 from onnxslim_llm.passes.lower.weights.lower_portable import LowerPortable
 from onnxslim_llm.passes.lowrank.compensate_low_rank import CompensateLowRank
+from onnxslim_llm.passes.lowrank.factor_tensors import FactorTensors
 from onnxslim_llm.passes.lowrank.split_low_rank import SplitLowRank
 from onnxslim_llm.passes.prune.prune_heads import PruneHeads
 from onnxslim_llm.passes.prune.prune_neurons import PruneNeurons
 from onnxslim_llm.passes.prune.prune_weights import PruneWeights
+from onnxslim_llm.passes.prune.remove_blocks import RemoveBlocks
 from onnxslim_llm.passes.prune.store_sparse import StoreSparse
 from onnxslim_llm.passes.qdq.quantize_activations import QuantizeActivations
 from onnxslim_llm.passes.qdq.quantize_dynamically import QuantizeDynamically
@@ -89,11 +91,13 @@ PASSES: tuple[type[Pass], ...] = (
     ScaleChannels,
     SmoothActivations,
     RotateResidual,
+    RemoveBlocks,
     PruneHeads,
     PruneNeurons,
     PruneWeights,
     StoreSparse,
     SplitLowRank,
+    FactorTensors,
     QuantizeCodebook,
     QuantizeWeights,
     CompensateLowRank,

@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 from onnxslim_llm.concepts.attention import is_attention
 from onnxslim_llm.ir.topology import read_tensors
 
-__all__ = ["SENSITIVE", "AttentionFlow", "Sensitive"]
+__all__ = ["SENSITIVE", "AttentionFlow", "Sensitive", "is_core"]
 
 Sensitive = Literal["value", "output", "first_block"]
 SENSITIVE: tuple[Sensitive, ...] = ("value", "output", "first_block")
@@ -48,7 +48,7 @@ class AttentionFlow:
 
     def __init__(self, graph: gs.Graph, products: Collection[int]) -> None:
         self._products = products
-        self._cores = {id(node) for node in graph.nodes if _is_core(node)}
+        self._cores = {id(node) for node in graph.nodes if is_core(node)}
         self._before: dict[int, int] = {}  # attentions on the longest way to a node
         self._ahead: dict[int, int] = {}  # node -> attentions before the one that it leads to without another product
         made: dict[int, int] = {}
@@ -85,8 +85,8 @@ class AttentionFlow:
         return node.op in _CARRIERS and bool(node.inputs) and self._comes_from_core(node.inputs[0], steps - 1)
 
 
-def _is_core(node: gs.Node) -> bool:
-    """Return whether the node weighs values."""
+def is_core(node: gs.Node) -> bool:
+    """Return whether a node weighs values: an attention operator, or the product behind a softmax."""
     return _is_fused(node) or (node.op == "MatMul" and _is_softmax(node.inputs[0], _STEPS))
 
 
@@ -105,7 +105,7 @@ def _goes_to_values(product: gs.Node) -> bool:
             continue
         seen.add(id(tensor))
         for node in tensor.outputs:
-            if _is_core(node) and node.inputs[2 if _is_fused(node) else 1] is tensor:
+            if is_core(node) and node.inputs[2 if _is_fused(node) else 1] is tensor:
                 found = True
             elif node.op in _CARRIERS:
                 stack.extend(node.outputs)
