@@ -101,7 +101,7 @@ class SplitLowRank(Pass):
         error: Relative output error that each weight may get: sqrt(1 - kept energy).
         budget: What all weights together may keep, as a share of what they take now, or above 1 as a number. Ranks are
             shared out so that least is lost: expected KL divergence if there are calibration data, else energy relative
-            to each weight's. This is the rule if no other is given.
+            to each weight's, both times the share that is lost. This is the rule if no other is given.
         budget_of: "parameters"; "bytes", where element types differ; "flops", multiplications of a token, where a
             weight with two readers counts twice.
         method: "whitened" (SVD-LLM) needs calibration data, and so does "asvd", which weighs channels by the root of
