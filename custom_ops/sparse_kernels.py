@@ -15,7 +15,7 @@ import numpy.typing as npt
 from onnxslim_llm.custom_ops import native
 from onnxslim_llm.custom_ops.kernels import ISAS
 
-__all__ = ["expand", "make_sparse", "sparse_bytes"]
+__all__ = ["expand", "make_sparse", "sparse_bytes", "stored_values"]
 
 Array = npt.NDArray[Any]
 
@@ -27,7 +27,7 @@ def _library() -> ctypes.CDLL:
         raise RuntimeError(loaded.reason)
     library = loaded.library
     pointer, count = ctypes.c_void_p, ctypes.c_int64
-    for name in ("osl_sparse_bytes", "osl_expanded_bytes"):
+    for name in ("osl_sparse_bytes", "osl_expanded_bytes", "osl_sparse_values"):
         getattr(library, name).restype = count
         getattr(library, name).argtypes = (pointer, count)
     library.osl_make_sparse.argtypes = (pointer, count, count, pointer)
@@ -65,6 +65,19 @@ def make_sparse(packed: Array) -> npt.NDArray[np.uint8]:
     made = np.empty(sparse_bytes(packed), np.uint8)
     _raise(_library().osl_make_sparse(packed.ctypes.data, packed.size, made.size, made.ctypes.data))
     return made
+
+
+def stored_values(sparse: Array) -> int:
+    """How many codes a sparse packed weight holds.
+
+    Raises:
+        ValueError: the bytes are no sparse packed weight.
+    """
+    sparse = np.ascontiguousarray(sparse)
+    found = int(_library().osl_sparse_values(sparse.ctypes.data, sparse.size))
+    if found < 0:
+        raise ValueError("these bytes are not a sparse packed weight")
+    return found
 
 
 def expand(sparse: Array, isa: str = "auto") -> npt.NDArray[np.uint8]:

@@ -87,6 +87,7 @@ def test_bytes_are_what_the_density_says(bits: int, density: float) -> None:
     dense = thin_weight(scheme, density)
     made = sparse.make_sparse(dense)
     found = sparse.parse(made).density
+    assert sparse_kernels.stored_values(made) == sparse.parse(made).values
     assert found == pytest.approx(density, abs=0.01)
     places = scheme.rows * scheme.columns
     stated = dense.size - (1 - found) * places * bits / 8 + places / 8

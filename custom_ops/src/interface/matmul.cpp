@@ -105,6 +105,12 @@ int64_t osl_expanded_bytes(const void* sparse, int64_t bytes) {
     return osl::expanded_bytes(s);
 }
 
+int64_t osl_sparse_values(const void* sparse, int64_t bytes) {
+    osl::SparseWeight s;
+    if (bytes < 0 || osl::parse_sparse_weight(sparse, (size_t)bytes, &s) != nullptr) return -1;
+    return s.values;
+}
+
 const char* osl_expand_weight(const void* sparse, int64_t bytes, int32_t isa, uint8_t* packed) {
     osl::SparseWeight s;
     if (bytes < 0) return "the number of bytes is negative";

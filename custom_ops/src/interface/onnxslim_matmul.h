@@ -55,6 +55,8 @@ OSL_EXPORT const char* osl_unpack_weight(const void* packed, int64_t bytes, uint
 OSL_EXPORT int64_t osl_sparse_bytes(const void* packed, int64_t bytes);
 OSL_EXPORT const char* osl_make_sparse(const void* packed, int64_t bytes, int64_t sparse_bytes, uint8_t* sparse);
 OSL_EXPORT int64_t osl_expanded_bytes(const void* sparse, int64_t bytes);
+// Codes that are stored, or -1.
+OSL_EXPORT int64_t osl_sparse_values(const void* sparse, int64_t bytes);
 OSL_EXPORT const char* osl_expand_weight(const void* sparse, int64_t bytes, int32_t isa, uint8_t* packed);
 // A whole product, its units one after the other as `threads` threads would share them. Null or what is wrong. `packed`
 // may be sparse.

@@ -55,7 +55,7 @@ class Coded:
 
 
 def compensate(weight: Array, factor: Array, block: int, levels: int, fit: Callable[[Array, int], Grid]) -> Coded:
-    """Return codes for W[K, n].
+    """Return codes for W[K, n]. What is exactly zero stays zero: pruned weights stay pruned.
 
     Args:
         weight: W, float32; not changed.
@@ -66,18 +66,19 @@ def compensate(weight: Array, factor: Array, block: int, levels: int, fit: Calla
     """
     rows, columns = weight.shape
     work = np.array(weight, np.float32)
+    kept = weight != 0
     codes = np.empty((rows, columns), np.uint8)
     grids = []
     for start in range(0, rows, block):
         stop = min(start + block, rows)
-        grid = fit(work[start:stop], start)
+        grid = fit(np.where(kept[start:stop], work[start:stop], 0), start)
         grids.append(grid)
         scale, zero = grid.scales.astype(np.float32), grid.zeros.astype(np.float32)
         inverse = np.where(scale == 0, 0, 1 / np.where(scale == 0, 1, scale)).astype(np.float32)
         errors = np.empty((stop - start, columns), np.float32)
         for k in range(start, stop):
             row = work[k]
-            code = np.clip(np.rint(row * inverse) + zero, 0, levels)
+            code = np.where(kept[k], np.clip(np.rint(row * inverse) + zero, 0, levels), zero)
             codes[k] = code
             error = (row - (code - zero) * scale) / factor[k, k]
             errors[k - start] = error

@@ -33,7 +33,7 @@ def polish(
     stored: Callable[[Array], Array],
     sweeps: int = SWEEPS,
 ) -> Coded:
-    """Return better codes and scales for W[K, n]; zero points stay.
+    """Return better codes and scales for W[K, n]; zero points stay, and so does what is exactly zero in W.
 
     Args:
         weight: W, float32.
@@ -45,6 +45,7 @@ def polish(
         sweeps: Times that all scales and codes are gone through.
     """
     rows = len(weight)
+    kept = weight != 0
     centred = coded.codes.astype(np.float32)
     scales = coded.scales.astype(np.float32)
     zeros = coded.zeros.astype(np.float32)
@@ -66,7 +67,7 @@ def polish(
             low, high = -zeros[number], levels - zeros[number]
             for k in range(start, stop):
                 i = k - start
-                code = np.clip(np.rint((value[k] + g[i] / diagonal[k]) * inverse), low, high)
+                code = np.clip(np.rint((value[k] + g[i] / diagonal[k]) * inverse), low, high) * kept[k]
                 moved = (code - centred[k]) * scale
                 if moved.any():
                     g -= own[:, i, None] * moved

@@ -6,9 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from block_models import model_of, product, proto, run, skipped, weights
+from onnx import TensorProto, numpy_helper
 
+from onnxslim_llm.custom_ops import ops, packed, sparse
+from onnxslim_llm.custom_ops.packed import PackedScheme
+from onnxslim_llm.custom_ops.packing import pack_bits
 from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.model import open_model
 from onnxslim_llm.ir.save import save_model
@@ -82,3 +87,74 @@ def test_dense_and_small_weights_stay_as_they_are() -> None:
     assert skipped(record) == {"W": "0.0% zeros, and it pays above 66.7%"}
     (record,) = Pipeline([StoreSparse(min_elements=10**6)]).run(model)
     assert not record.skipped
+
+
+def packed_product(zeros: float, bits: int = 4) -> tuple[onnx.ModelProto, np.ndarray]:
+    """A product of ours with so many codes of 0, and its weight."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(1, 2**bits, (N, K // 32, 32), np.uint8) + np.uint8(2 ** (bits - 1))
+    codes = np.where(rng.random(codes.shape) < zeros, 2 ** (bits - 1), codes & (2**bits - 1)).astype(np.uint8)
+    scales = (0.01 + 0.01 * rng.random((N, K // 32))).astype(np.float16)
+    weight = packed.pack(PackedScheme(K, N, bits), pack_bits(codes, bits), scales, None)
+    text = f"""<ir_version: 8, opset_import: ["": 17, "onnxslim_llm.ops": 1]>
+    agraph (float[m, 128] x) => (float[m, 96] y) {{
+        y = onnxslim_llm.ops.MatMulPacked <K = {K}, N = {N}, bits = {bits}, block_size = 32> (x, B)
+    }}"""
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "B"))
+    return model, weight
+
+
+@pytest.mark.parametrize(
+    ("bits", "zeros", "pays"), [(4, 0.2, False), (4, 0.32, True), (8, 0.08, False), (8, 0.2, True)]
+)
+def test_codes_with_a_bitmap_pay_above_the_break_even(bits: int, zeros: float, pays: bool) -> None:
+    source, weight = packed_product(zeros, bits)
+    model = model_of(source)
+    (record,) = Pipeline([StoreSparse()]).run(model)
+    assert bool(record.changed) == pays
+    if not pays:
+        assert f"and it pays above {1 / bits:.1%}" in skipped(record)["B"]
+        return
+    made = weight_of(model.graph.tensors()["B"]).view()
+    np.testing.assert_array_equal(sparse.expand(made), weight)
+    (entry,) = record.detail["tensors"]
+    assert entry["form"] == f"bitmap, {bits} bits"
+    assert (entry["dense_bytes"], entry["sparse_bytes"]) == (weight.size, made.size)
+    assert entry["zeros"] == pytest.approx(zeros, abs=0.02)
+    assert record.detail["break_even"] == {
+        "coo, float32": 0.6667, "coo, float16": 0.8, "bitmap, 4 bits": 0.25, "bitmap, 8 bits": 0.125,
+    }  # fmt: skip
+    (again,) = Pipeline([StoreSparse()]).run(model)
+    assert not again.changed
+
+
+def test_codes_with_a_bitmap_give_the_same_results(tmp_path: Path) -> None:
+    source, _ = packed_product(0.6)
+    model = model_of(source)
+    Pipeline([StoreSparse()]).run(model)
+    save_model(model, tmp_path / "sparse.onnx")
+    ops.register_schemas()
+    onnx.checker.check_model(onnx.load(tmp_path / "sparse.onnx"), full_check=True)
+    feeds = {"x": weights(3, 5, K)}
+    results = []
+    for file in (source.SerializeToString(), str(tmp_path / "sparse.onnx")):
+        options = onnxruntime.SessionOptions()
+        ops.register(options)
+        results.append(onnxruntime.InferenceSession(file, options).run(None, feeds)[0])
+    np.testing.assert_array_equal(*results)
+
+
+def test_tables_that_are_looked_up_stay_dense() -> None:
+    source, _ = packed_product(0.6)
+    source.graph.input.append(onnx.helper.make_tensor_value_info("i", TensorProto.INT64, ["t"]))
+    source.graph.output.append(onnx.helper.make_tensor_value_info("e", TensorProto.FLOAT, ["t", K]))
+    attributes = {"K": K, "N": N, "bits": 4, "block_size": 32}
+    source.graph.node.append(onnx.helper.make_node("GatherPacked", ["B", "i"], ["e"], domain=ops.DOMAIN, **attributes))
+    (record,) = Pipeline([StoreSparse()]).run(model_of(source))
+    assert skipped(record) == {"B": "rows of it are looked up, too"}
+
+
+def test_narrow_codes_stay_dense() -> None:
+    (record,) = Pipeline([StoreSparse()]).run(model_of(packed_product(0.9, bits=3)[0]))
+    assert skipped(record) == {"B": "codes of 3 bits have no sparse form"}

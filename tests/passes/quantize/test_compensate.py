@@ -126,3 +126,16 @@ def test_the_output_error_is_that_of_the_output() -> None:
     rng = np.random.default_rng(5)
     x, error = _inputs(100, 16, 5), rng.standard_normal((16, 3)).astype(np.float32)
     assert np.allclose(output_error(error, x.T @ x), np.square(x @ error).sum(0), rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("levels", [7, 15])
+def test_pruned_weights_stay_pruned_and_the_others_make_up_for_them(levels: int) -> None:
+    rng = np.random.default_rng(0)
+    x = _inputs(200, 64, 0)
+    weight = rng.standard_normal((64, 8)).astype(np.float32)
+    weight[rng.random(weight.shape) < 0.5] = 0
+    gram = (x.T @ x).astype(np.float32)
+    found = compensate(weight, inverse_factor(gram), 16, levels, _range_grid(levels)).dequantized(16)
+    assert (found[weight == 0] == 0).all()
+    nearest = _nearest(weight, 16, levels)
+    assert output_error(weight - found, gram).sum() < output_error(weight - nearest, gram).sum()

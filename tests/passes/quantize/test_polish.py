@@ -67,3 +67,16 @@ def test_scales_are_the_stored_ones() -> None:
     weight, gram, coded = _start(32, 4, 7)
     found = polish(weight, coded, gram, 16, 15, lambda s: s.astype(np.float16).astype(np.float32))
     assert np.array_equal(found.scales, found.scales.astype(np.float16).astype(found.scales.dtype))
+
+
+@given(seed=st.integers(0, 1000), bits=st.sampled_from([3, 4]))
+@settings(max_examples=15)
+def test_what_is_zero_stays_zero(seed: int, bits: int) -> None:
+    weight, gram, coded = _start(48, bits, seed)
+    pruned = np.random.default_rng(seed).random(weight.shape) < 0.5
+    weight[pruned] = 0
+    zeros = np.repeat(coded.zeros, 16, axis=0)
+    start = Coded(np.where(pruned, zeros, coded.codes), coded.scales, coded.zeros)
+    found = polish(weight, start, gram, 16, (1 << bits) - 1, _as_they_are)
+    assert (found.dequantized(16)[pruned] == 0).all()
+    assert not np.array_equal(found.codes, start.codes)
