@@ -66,29 +66,30 @@ class Contestant:
 
 #: Our settings beside the presets: name, preset, what is changed, target.
 SETTINGS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
-    ("RTN, block 32", "int4", ("quantize_weights.method=rtn",), "portable"),
-    ("4 bits everywhere", "int4", _all_bits := (
+    ("4 bits everywhere, RTN", "int4", (_all_bits := (
         *("quantize_weights.embedding_bits=4", "quantize_weights.lm_head_bits=4", "quantize_weights.sensitive_bits=4"),
-    ), "portable"),
-    ("4 bits everywhere, RTN", "int4", (*_all_bits, "quantize_weights.method=rtn"), "portable"),
-    ("4 bits everywhere, calibrated", "int4-calibrated", _all_bits, "portable"),
-    ("calibrated, sensitive in 4 bits", "int4-calibrated", ("quantize_weights.sensitive_bits=4",), "portable"),
-    ("calibrated, block 16", "int4-calibrated", ("quantize_weights.block=16",), "portable"),
-    ("calibrated, block 64", "int4-calibrated", ("quantize_weights.block=64",), "portable"),
-    ("calibrated, 3 bits", "int4-calibrated", ("quantize_weights.bits=3",), "ort-cpu-ops"),
-    ("calibrated, 3 bits, rest 4", "int4-calibrated", (
-        *("quantize_weights.bits=3", "quantize_weights.embedding_bits=4", "quantize_weights.lm_head_bits=4"),
-        "quantize_weights.sensitive_bits=4",
-    ), "ort-cpu-ops"),
+    )) + ("quantize_weights.method=rtn",), "portable"),
+    ("4 bits everywhere", "int4", _all_bits, "portable"),
+    ("4 bits everywhere, calibrated", "int4", (*_all_bits, "quantize_weights.method=calibrated"), "portable"),
+    ("8 bits, calibrated", "int8", ("quantize_weights.method=calibrated",), "ort-cpu-ops"),
 )  # fmt: skip
+#: Sizes that bits are shared out for, in bits per weight, by the target; graph and norms come on top.
+LADDER = {
+    "ort-cpu-ops": (2.75, 3, 3.25, 3.5, 3.75, 4, 4.25, 4.5, 4.75, 5, 5.5, 6, 6.5, 7, 7.5, 8, 8.3),
+    "ort-cpu": (4, 4.5, 5, 6, 8),
+}
+#: The same without data.
+LADDER_WITHOUT_DATA = (4.5, 5, 6)
+#: Encoders are measured at these sizes only.
+_ENCODER_SIZES = (4, 4.5, 6, 8)
 
 
 def ours(extra: tuple[tuple[str, str, tuple[str, ...], str], ...] = ()) -> Iterator[Contestant]:
-    """All presets that change weights, on every target that ONNX Runtime opens, and the settings above."""
+    """All presets that change nothing but weights, the settings above, and the ladder of sizes."""
     code = _code_digest()
     for name in preset_names():
         recipe = Recipe.load(name)
-        if recipe.gates == "lossless":
+        if [step.name for step in recipe.build() if not step.lossless] != ["quantize_weights"]:
             continue
         for target in ("portable", "ort-cpu", "ort-cpu-ops"):
             make = partial(_compiled, name, (), target)
@@ -96,20 +97,38 @@ def ours(extra: tuple[tuple[str, str, tuple[str, ...], str], ...] = ()) -> Itera
     for label, preset, settings, target in (*SETTINGS, *extra):
         make = partial(_compiled, preset, settings, target)
         yield Contestant("ours", f"{label} ({target})", make, f"{code} {preset} {settings}", target)
+    for target, sizes in LADDER.items():
+        for size in sizes:
+            yield _rung(code, f"{size:g} bits, calibrated", "int4-calibrated", (), target, size)
+    for size in LADDER_WITHOUT_DATA:
+        searched = ("quantize_weights.method=search",)
+        yield _rung(code, f"{size:g} bits, without data", "int4-calibrated", searched, "ort-cpu-ops", size)
+
+
+def _rung(code: str, label: str, preset: str, settings: tuple[str, ...], target: str, size: float) -> Contestant:
+    changed = (*settings, f"quantize_weights.target_bits={size:g}")
+    kinds = ("decoder", "encoder") if size in _ENCODER_SIZES else ("decoder",)
+    make = partial(_compiled, preset, changed, target)
+    return Contestant("ours", f"{label} ({target})", make, f"{code} {preset} {changed}", target, kinds)
 
 
 def _compiled(preset: str, settings: tuple[str, ...], target: str, subject: Subject, folder: Path) -> Path:
     out = folder / "artifact"
+    steps = Recipe.load(preset).with_settings(settings).build()
+    itself = any(step.takes_own_text for step in steps)
+    needs = any(step.wants_statistics for step in steps) and not itself
     compile_model(
         subject.model,
         out,
         target=target,
         recipe=preset,
         settings=settings,
-        calib=subject.calibration,
+        calib=subject.calibration if needs else None,
         jobs=1,
         verify="off",
         force=True,
+        # Collected once for all of ours; a change of how they are collected changes their key.
+        statistics=folder.parent / f"statistics-{subject.name}-{'self' if itself else 'data'}",
     )
     return out / "model.onnx"
 
