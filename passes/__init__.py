@@ -47,6 +47,7 @@ from onnxslim_llm.passes.lower.weights.lower_portable import LowerPortable
 from onnxslim_llm.passes.lowrank.compensate_low_rank import CompensateLowRank
 from onnxslim_llm.passes.lowrank.factor_tensors import FactorTensors
 from onnxslim_llm.passes.lowrank.split_low_rank import SplitLowRank
+from onnxslim_llm.passes.prune.fold_constant_neurons import FoldConstantNeurons
 from onnxslim_llm.passes.prune.prune_heads import PruneHeads
 from onnxslim_llm.passes.prune.prune_neurons import PruneNeurons
 from onnxslim_llm.passes.prune.prune_weights import PruneWeights
@@ -93,6 +94,7 @@ PASSES: tuple[type[Pass], ...] = (
     RotateResidual,
     RemoveBlocks,
     PruneHeads,
+    FoldConstantNeurons,
     PruneNeurons,
     PruneWeights,
     StoreSparse,

@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.shapes import infer_shapes
-from onnxslim_llm.ir.weights import constant, weight_of
+from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.ir.weights.jobs import derive
+from onnxslim_llm.passes.prune.cut_channels import cut_channels
 from onnxslim_llm.passes.prune.refit_rows_job import RefitRowsJob
-from onnxslim_llm.passes.prune.select_job import selected
 from onnxslim_llm.products.hidden import HiddenLayer, find_hidden_layers
 from onnxslim_llm.products.selection import compile_patterns
 from onnxslim_llm.rewrite.context import Context
@@ -59,6 +58,7 @@ class PruneNeurons(Pass):
     name: ClassVar[str] = "prune_neurons"
     group: ClassVar[str] = "prune"
     lossless: ClassVar[bool] = False
+    structural: ClassVar[bool] = True
     stage: ClassVar[Stage] = Stage.PRUNE
 
     share: float = 0.25
@@ -111,7 +111,10 @@ class PruneNeurons(Pass):
             if self.refit and moments is None:
                 change.skip(name, "no calibration data reach it: its channels are chosen by magnitude")
             kept = _best(_scores(layer, moments), left)
-            self._cut(model, layer, kept, moments)
+            fitted = None
+            if self.refit and moments is not None:
+                (fitted,) = derive(RefitRowsJob(weight_of(layer.weight), layer.k_axis, kept, moments, name))
+            cut_channels(model, layer, kept, fitted)
             if context.statistics is not None:
                 context.statistics = context.statistics.changed(name, Kept(kept))
             change.sites.append(name)
@@ -124,26 +127,6 @@ class PruneNeurons(Pass):
     def _left(self, size: int) -> int:
         left = -(-round(size * (1 - self.share)) // self.align) * self.align
         return min(max(left, 1), size)
-
-    def _cut(self, model: Model, layer: HiddenLayer, kept: NDArray[np.int64], moments: StoredMoments | None) -> None:
-        parts: dict[int, tuple[gs.Constant, int, list[NDArray[np.int64]]]] = {}
-        for maker in layer.makers:
-            _, _, places = parts.setdefault(id(maker.constant), (maker.constant, maker.axis, []))
-            places.append(kept + maker.offset)
-        for tensor, axis, places in parts.values():
-            tensor.values = selected(weight_of(tensor), axis, np.concatenate(places), tensor.name)
-        source, name = weight_of(layer.weight), layer.weight.name
-        if self.refit and moments is not None:
-            (fitted,) = derive(RefitRowsJob(source, layer.k_axis, kept, moments, name))
-            layer.weight.values = fitted
-        else:
-            layer.weight.values = selected(source, layer.k_axis, kept, name)
-        for split in layer.splits:
-            if len(split.inputs) > 1:
-                sizes = np.array([len(kept)] * len(split.outputs), np.int64)
-                split.inputs[1] = constant(model.fresh_name(f"{split.name}/sizes"), sizes)
-        for activation in layer.tensors:
-            activation.shape = None
 
 
 def _scores(layer: HiddenLayer, moments: StoredMoments | None) -> Array:

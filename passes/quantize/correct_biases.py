@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -17,10 +17,9 @@ from onnxslim_llm.passes.quantize.codes.calibrated_job import CalibratedJob
 from onnxslim_llm.passes.quantize.codes.columns import columns_of
 from onnxslim_llm.passes.quantize.codes.job import QuantizeJob
 from onnxslim_llm.passes.quantize.codes.trial import coded, lost
+from onnxslim_llm.products.output_bias import add_vector, added_vector
 from onnxslim_llm.products.owned_weights import Constants
-from onnxslim_llm.rewrite.edit import Builder
 from onnxslim_llm.rewrite.passes import Change, Pass
-from onnxslim_llm.rewrite.schema import normal_domain
 from onnxslim_llm.rewrite.stage import Stage
 from onnxslim_llm.stats.statistics import StoredMoments
 
@@ -103,7 +102,7 @@ class CorrectBiases(Pass):
         moments = context.statistics.of_weight(job.where())
         if moments is None or moments.size != job.rows:
             return "no calibration data reach it"
-        found = _bias_of(constants, node, job.columns)
+        found = added_vector(constants, node, job.columns)
         if found is not None:
             add, index = found
             tensor = add.inputs[index]
@@ -119,25 +118,13 @@ class CorrectBiases(Pass):
             if share < self.min_gain:
                 return f"a bias would take {100 * share:.1f} % of the error on samples that were held out"
             kind = np.dtype(np.float16 if node.attrs["scale_type"] == _FLOAT16 else np.float32)
-            _add_bias(model, node, _corrected(ArrayWeight(np.zeros(job.columns, kind)), job, moments))
+            add_vector(model, node, _corrected(ArrayWeight(np.zeros(job.columns, kind)), job, moments))
         change.sites.append(node.name or node.outputs[0].name)
         return ""
 
 
 def _corrected(bias: Weight, job: QuantizeJob, moments: StoredMoments) -> Weight:
     return derive(BiasJob(bias, job, moments))[0]
-
-
-def _bias_of(constants: Constants, node: gs.Node, columns: int) -> tuple[gs.Node, int] | None:
-    """Return the Add behind a product and which of its inputs is a constant vector; None if there is none."""
-    result = node.outputs[0]
-    if len(result.outputs) != 1 or id(result) in constants.outputs:
-        return None
-    add = result.outputs[0]
-    if add.op != "Add" or normal_domain(add.domain) != "":
-        return None
-    index = 1 if add.inputs[0] is result else 0
-    return (add, index) if constants.is_vector(add.inputs[index], columns) else None
 
 
 def _share_of_mean(job: QuantizeJob, moments: StoredMoments) -> float:
@@ -149,14 +136,3 @@ def _share_of_mean(job: QuantizeJob, moments: StoredMoments) -> float:
     error = lost(change, collected.held.gram.astype(np.float32))
     _, gains = shift_of(change.T, collected.fit, collected.held)
     return float(gains.sum()) / error if error > 0 else 0.0
-
-
-def _add_bias(model: Model, node: gs.Node, bias: Weight) -> None:
-    result: Any = node.outputs[0]
-    op = Builder(model, f"{node.name or result.name}/bias")
-    node.outputs[0] = gs.Variable(model.fresh_name(f"{result.name}_unbiased"), result.dtype, result.shape)
-    op.Add(node.outputs[0], op.constant(bias))
-    op.nodes[-1].outputs[0] = result
-    graph = model.graph
-    at = next(i for i, other in enumerate(graph.nodes) if other is node)
-    graph.nodes[at + 1 : at + 1] = op.nodes
