@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxslim_llm.errors import UsageError
@@ -192,15 +193,16 @@ def _fold(
 
     place = _gemm_bias(constants, layer, columns) or added_vector(constants, node, columns)
     if place is not None:
-        tensor = place[0].inputs[place[1]]
-        constants.put(*place, moved(weight_of(tensor), tensor.name))
+        reader, index = place
+        tensor = reader.inputs[index]
+        constants.put(reader, index, moved(weight_of(tensor), tensor.name))
     else:
         zeros = ArrayWeight(np.zeros(columns, source.dtype))
         add_vector(model, node, moved(zeros, f"bias after {layer.weight.name}"))
     return kept
 
 
-def _gemm_bias(constants: Constants, layer: HiddenLayer, columns: int) -> Any:
+def _gemm_bias(constants: Constants, layer: HiddenLayer, columns: int) -> tuple[gs.Node, int] | None:
     """Return the Gemm and its third input, if that is a vector that is added as it is."""
     node = layer.product
     if node.op != "Gemm" or len(node.inputs) <= _GEMM_BIAS or node.attrs.get("beta", 1.0) != 1.0:
