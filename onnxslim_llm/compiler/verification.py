@@ -41,9 +41,15 @@ _ADDS_CACHE = "add_kv_cache"
 _ARRAY_SUFFIXES = (".npz", ".npy")
 
 
-def may_roll_back(step: Pass) -> bool:
-    """Whether the model is complete without a pass: lowering must stay, and what changes results was asked for."""
-    return step.lossless and step.group != "lower"
+def may_roll_back(step: Pass, *, broken: bool = False) -> bool:
+    """Whether the model is complete without a pass: lowering must stay, and what changes results was asked for.
+
+    Args:
+        step: The pass.
+        broken: The model does not run at all with it. A structural pass is undone then: inputs, outputs or shapes do
+            not fit each other.
+    """
+    return (step.lossless or (broken and step.structural)) and step.group != "lower"
 
 
 class Judge:
@@ -185,7 +191,7 @@ class Judge:
 
         def gate(step: Pass, before: Model, after: Model) -> str:
             if not may_roll_back(step):
-                return ""
+                return self._not_running(after) if may_roll_back(step, broken=True) else ""
             try:
                 fine = self._check_in_memory(after, "lossless") or not self._check_in_memory(before, "lossless")
             except SlimError as error:
@@ -193,6 +199,13 @@ class Judge:
             return "" if fine else "the results differ after it"
 
         return gate
+
+    def _not_running(self, model: Model) -> str:
+        """Return why a model does not run like a model of its kind, or nothing."""
+        try:
+            return "" if self._check_in_memory(model, "none") else "the model gives no finite results after it"
+        except SlimError as error:
+            return f"the model does not run after it: {error.what}"
 
     def _dequantizes(self, artifact: Path) -> bool:
         return "DequantizeLinear" in open_model(artifact).census()

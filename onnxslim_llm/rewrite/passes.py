@@ -67,6 +67,7 @@ class Pass(ABC):
         name: verb_object, unique among all passes.
         group: The folder under passes/ that it lives in.
         lossless: True if the results stay numerically equal (up to float rounding of reordered operations).
+        structural: Whether it changes sizes, inputs or outputs of the model: undone where the model does not run then.
         stage: Where it stands among the passes that change weights; None for passes that may stand anywhere.
         after_lowering: Whether it works on the target's operators: compiles run it behind the lowering.
     """
@@ -74,6 +75,7 @@ class Pass(ABC):
     name: ClassVar[str]
     group: ClassVar[str]
     lossless: ClassVar[bool] = True
+    structural: ClassVar[bool] = False
     stage: ClassVar[Stage | None] = None
     after_lowering: ClassVar[bool] = False
 

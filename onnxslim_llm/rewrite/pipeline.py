@@ -122,7 +122,8 @@ class Pipeline:
 def _run_pass(step: Pass, model: Model, context: Context, gate: Gate | None) -> PassRecord:
     record = PassRecord(step.name, step.options())
     model.refresh_names()
-    before, statistics = (model.copy() if gate is not None else None), context.statistics
+    before = model.copy() if gate is not None else None
+    statistics, cache_ranges = context.statistics, context.cache_ranges
     nodes, size = _node_count(model), model.weight_bytes()
     start = time.perf_counter()
     try:
@@ -145,7 +146,7 @@ def _run_pass(step: Pass, model: Model, context: Context, gate: Gate | None) -> 
         record.rolled_back = gate(step, before, model)
         if record.rolled_back:
             model.graph, model.skeleton = before.graph, before.skeleton
-            context.statistics = statistics
+            context.statistics, context.cache_ranges = statistics, cache_ranges
             model.refresh_names()
     record.nodes = (nodes, _node_count(model))
     record.bytes = (size, model.weight_bytes())

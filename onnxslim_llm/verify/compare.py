@@ -10,6 +10,7 @@ from onnxslim_llm.errors import ModelError
 from onnxslim_llm.runtime.decoder import DecoderRunner, DecoderState
 from onnxslim_llm.runtime.session import Array, Session
 from onnxslim_llm.runtime.signature import DecoderSignature, find_decoder
+from onnxslim_llm.verify.cache_shapes import changed_caches, check_caches, fitted_feeds
 from onnxslim_llm.verify.cases import DecoderCase, TensorCase
 from onnxslim_llm.verify.figures import ErrorFigures, ErrorSums, LogitSums
 from onnxslim_llm.verify.gates import Precision, lossless_limit
@@ -197,21 +198,23 @@ def _decoder_pairs(ours: DecoderRunner, theirs: DecoderRunner, case: DecoderCase
         except ModelError as error:
             raise _SourceFailsError(error.what) from error
         got, other = theirs.prefill(ids, other, mask)
+        check_caches(ours.session, theirs, other)
         kept = min(expected.shape[1], got.shape[1])  # 1 where either gives the last token only
         real = mask[:, -kept:] > 0
         yield expected[:, -kept:][real], got[:, -kept:][real]
 
 
 def _compare_tensors(source: Session, artifact: Session, plan: Plan, tell: Callable[[int], None]) -> Comparison:
-    missing = {i.name for i in source.outputs} - {i.name for i in artifact.outputs}
+    left_out = changed_caches(source, artifact)
+    missing = {i.name for i in source.outputs} - {i.name for i in artifact.outputs} - left_out
     extra = {i.name for i in artifact.inputs} - {i.name for i in source.inputs}
     if missing or extra:
         what = f"lacks the output '{min(missing)}'" if missing else f"has a new input '{min(extra)}'"
         raise ModelError(f"the artifact {what}", where=artifact.where)
     collector, used = _Collector(), list[str]()
     for done, case in enumerate(case for case in plan.cases if isinstance(case, TensorCase)):
-        expected = source.run(case.feeds)
-        got = artifact.run({i.name: case.feeds[i.name] for i in artifact.inputs}, list(expected))
+        expected = {name: array for name, array in source.run(case.feeds).items() if name not in left_out}
+        got = artifact.run(fitted_feeds(case.feeds, artifact), list(expected))
         for name, array in expected.items():
             collector.add(name, array, got[name])
         used.append(case.name)

@@ -62,6 +62,7 @@ class PruneHeads(Pass):
     name: ClassVar[str] = "prune_heads"
     group: ClassVar[str] = "prune"
     lossless: ClassVar[bool] = False
+    structural: ClassVar[bool] = True
     stage: ClassVar[Stage] = Stage.PRUNE
 
     share: float = 0.25

@@ -57,6 +57,7 @@ class RemoveBlocks(Pass):
     name: ClassVar[str] = "remove_blocks"
     group: ClassVar[str] = "prune"
     lossless: ClassVar[bool] = False
+    structural: ClassVar[bool] = True
     stage: ClassVar[Stage] = Stage.PRUNE
 
     count: int = 1
