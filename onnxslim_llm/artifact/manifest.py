@@ -211,6 +211,25 @@ class Quality(_Record):
     top1_agreement: Figure = None
 
 
+class GraphEntry(_Record):
+    """One graph of an artifact that has several."""
+
+    name: str = Field(description="prefill or decode")
+    path: str = Field(description="its .onnx file in the artifact's folder")
+    sizes: str = Field(description="as --shape gave them")
+    verify: Verify | None = None
+
+
+class Generation(_Record):
+    """A prompt through one graph, further tokens through the other; the source's choices are fed to both sides."""
+
+    prompt_tokens: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    top1_agreement: Figure = None
+    kl_mean: Figure = None
+    greedy_prefix_match: Figure = None
+
+
 class Cost(_Record):
     """What the compile took."""
 
@@ -236,13 +255,16 @@ class Manifest(_Record):
     layers: list[LayerError] = Field(default_factory=list)
     verify: Verify | None = None
     quality: Quality | None = None
+    graphs: list[GraphEntry] = Field(default_factory=list, description="where the artifact has several")
+    generation: Generation | None = Field(default=None, description="of a pair of graphs")
     cost: Cost
     notes: list[PathText] = Field(default_factory=list)
 
     @property
     def failed_gates(self) -> list[Gate]:
         """The gates that did not pass."""
-        return [gate for gate in self.verify.gates if not gate.ok] if self.verify else []
+        results = [self.verify, *(graph.verify for graph in self.graphs[1:])]
+        return [gate for result in results if result is not None for gate in result.gates if not gate.ok]
 
     def dumps(self) -> str:
         """The text of manifest.json: two-space indented JSON with a final newline."""

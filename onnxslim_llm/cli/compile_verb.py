@@ -27,9 +27,11 @@ __all__ = ["command"]
 )
 @click.option(
     "--shape",
-    metavar="NAME=SIZE,...",
-    default="",
-    help="Fix symbolic sizes, like batch=1,seq=128,past=0; targets without dynamic shapes need all of them.",
+    "shapes",
+    metavar="[GRAPH:]NAME=SIZE,...",
+    multiple=True,
+    help="Fix symbolic sizes, like batch=1,seq=128,past=0; targets without dynamic shapes need all of them. With "
+    "prefill: and decode: in front, make two graphs that share their weights.",
 )
 @click.option("--target-option", "target_options", metavar="NAME=VALUE", multiple=True, help="An option of the target.")
 @click.option(
@@ -64,7 +66,7 @@ def command(
     recipe: str | None,
     settings: tuple[str, ...],
     calib: Path | None,
-    shape: str,
+    shapes: tuple[str, ...],
     target_options: tuple[str, ...],
     kv_cache: Literal["separate", "shared", "int8"],
     add_kv_cache: bool,
@@ -96,7 +98,7 @@ def command(
                 recipe=recipe,
                 settings=settings,
                 calib=calib,
-                shape=shape,
+                shape=shapes,
                 target_options=pairs(target_options, "--target-option"),
                 kv_cache=kv_cache,
                 add_kv_cache=add_kv_cache,

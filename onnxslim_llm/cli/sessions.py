@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from onnxslim_llm.runtime.decoder import DecoderRunner
     from onnxslim_llm.runtime.session import Session
+    from onnxslim_llm.runtime.static_pair import StaticPair
 
 __all__ = ["open_as_meant", "open_decoder"]
 
@@ -30,12 +31,20 @@ def open_as_meant(path: Path, *, threads: int = 0) -> Session:
     return open_session(path, threads=threads)
 
 
-def open_decoder(path: Path, *, threads: int = 0) -> DecoderRunner:
-    """Open a decoder, ready to be fed.
+def open_decoder(path: Path, *, threads: int = 0) -> DecoderRunner | StaticPair:
+    """Open a decoder, ready to be fed: with both of its graphs, if it has a pair of them.
 
     Raises:
         ModelError: The model is no decoder; and as `open_as_meant`.
     """
+    from onnxslim_llm.artifact.manifest import MANIFEST_NAME, read_manifest
     from onnxslim_llm.runtime.decoder import DecoderRunner
 
+    manifest = path.parent / MANIFEST_NAME
+    graphs = read_manifest(manifest).graphs if manifest.is_file() else []
+    if len(graphs) > 1 and path.name in {graph.path for graph in graphs}:
+        from onnxslim_llm.runtime.static_pair import StaticPair
+
+        prefill, decode = (open_as_meant(path.parent / graph.path, threads=threads) for graph in graphs)
+        return StaticPair(prefill, decode)
     return DecoderRunner(open_as_meant(path, threads=threads))

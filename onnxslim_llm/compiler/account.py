@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from onnxslim_llm.artifact.manifest import (
     Cost,
     FileEntry,
     FusionEntry,
+    Generation,
+    GraphEntry,
     LayerError,
     Manifest,
     PassEntry,
@@ -173,6 +175,8 @@ def make_manifest(
     carried: list[str],
     verify: Verify | None,
     quality: Quality | None,
+    graphs: Sequence[GraphEntry] = (),
+    generation: Generation | None = None,
     seconds: float,
 ) -> Manifest:
     """Return the manifest of the artifact in `directory`.
@@ -185,6 +189,8 @@ def make_manifest(
         carried: Files that were carried along.
         verify: Result of the verification, if there was one.
         quality: Figures on a text, if there was one.
+        graphs: Each graph's, where there are several.
+        generation: What they write together.
         seconds: Time of the whole compile.
     """
     before, after, saved, recipe = account.before, account.after, account.saved, account.recipe
@@ -224,6 +230,8 @@ def make_manifest(
         layers=account.layers,
         verify=verify,
         quality=quality,
+        graphs=list(graphs),
+        generation=generation,
         cost=Cost(
             seconds=seconds,
             peak_rss_bytes=peak_rss_bytes(),

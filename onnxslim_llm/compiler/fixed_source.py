@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from onnxslim_llm.artifact.environment import usable_cpus
 from onnxslim_llm.artifact.sidefiles import carry_side_files
@@ -24,8 +28,10 @@ from onnxslim_llm.targets import Target
 __all__ = ["FixedSource", "Shapes"]
 
 _SAMPLES = "samples"
-#: Steps with a full cache that ranges and gates are taken from: each is one token of its own text.
-_STEPS = 16
+#: Steps that ranges and gates are taken from: each is one token of its own text.
+_STEPS = (16, 128)
+#: Bytes of their caches; with large ones there are fewer steps.
+_STEP_BYTES = 1 << 30
 _ROTARY = "fold_rotary_tables"
 
 
@@ -107,7 +113,10 @@ class FixedSource:
         self._caches = [tensor for tensor in model.graph.inputs if _is_cache(tensor)]
 
     def samples(self, tokens: np.ndarray[tuple[int], np.dtype[np.int64]] | None) -> Path | None:
-        """Write inputs of steps with a full cache: only what the model itself has seen makes a cache.
+        """Write inputs of steps: only what the model itself has seen makes a cache.
+
+        Every other step has a full cache; in the others more and more of it is filled, from its end, and the rest
+        masked, as after a prompt that is shorter than the cache.
 
         Args:
             tokens: Of real text; None: random ones.
@@ -134,13 +143,20 @@ class FixedSource:
         pair = signature.caches[0]
         batch, new = (int(size) for size in fixed[signature.ids] or ())  # type: ignore[arg-type]
         past = int((fixed[pair.past] or ())[pair.sequence_axis])  # type: ignore[arg-type]
-        rows = _rows(tokens, runner.vocab, past + new, batch)
+        caches = sum(_bytes(fixed[each.past], each.dtype) for each in signature.caches)
+        count = min(max(_STEP_BYTES // max(caches, 1), _STEPS[0]), _STEPS[1])
+        rows = _rows(tokens, runner.vocab, (count, batch, past + new))
         folder = self._folder / _SAMPLES
         folder.mkdir(exist_ok=True)
+        may_pad = signature.mask is not None and signature.mask_rank == 2 and not signature.extras
         for number, ids in enumerate(rows):
-            _, state = runner.extend(ids[:, :past])
+            filled = _filled(number, count, past) if may_pad else past
+            _, state = runner.extend(ids[:, past - filled : past])
             values = {**runner.step_feeds(ids[:, past:], state), **state.caches}
-            arrays = {name: session.array(values[name]) for name in fixed}
+            axes = {pair.past: pair.sequence_axis for pair in signature.caches}
+            if signature.mask is not None:
+                axes[signature.mask] = 1
+            arrays = {name: _in_front(session.array(values[name]), axes.get(name), past - filled) for name in fixed}
             np.savez(folder / f"step-{number:03}.npz", **arrays)  # type: ignore[arg-type]  # names are no options
         return folder
 
@@ -149,12 +165,28 @@ class FixedSource:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
+def _bytes(shape: Sequence[int | str | None] | None, dtype: np.dtype[Any]) -> int:
+    return math.prod(size for size in shape or () if isinstance(size, int)) * dtype.itemsize
+
+
+def _filled(number: int, count: int, past: int) -> int:
+    """Return how many tokens of the cache step `number` finds filled."""
+    return past if number % 2 == 0 else max(1, past * (number + 1) // count)
+
+
+def _in_front(values: NDArray[Any], axis: int | None, count: int) -> NDArray[Any]:
+    """Put `count` zeros in front of an axis."""
+    if axis is None or not count:
+        return values
+    return np.pad(values, [(count if i == axis else 0, 0) for i in range(values.ndim)])
+
+
 def _is_cache(tensor: gs.Tensor) -> bool:
     return tensor.dtype is not None and np.dtype(tensor.dtype).kind in "fV" and len(tensor.shape or ()) >= 3
 
 
 def _rows(
-    tokens: np.ndarray[tuple[int], np.dtype[np.int64]] | None, vocab: int, length: int, batch: int
+    tokens: np.ndarray[tuple[int], np.dtype[np.int64]] | None, vocab: int, shape: tuple[int, int, int]
 ) -> np.ndarray[tuple[int, int, int], np.dtype[np.int64]]:
     """Return [steps, batch, length] token ids.
 
@@ -162,7 +194,7 @@ def _rows(
         ModelError: The text has a token that the model does not know.
     """
     if tokens is None or not tokens.size:
-        return np.random.default_rng(0).integers(0, vocab, (_STEPS, batch, length))
+        return np.random.default_rng(0).integers(0, vocab, shape)
     if int(tokens.max()) >= vocab:
         raise ModelError(f"the text has the token {int(tokens.max())}, the vocabulary {vocab}", where="--calib")
-    return np.resize(tokens, (_STEPS, batch, length))
+    return np.resize(tokens, shape)

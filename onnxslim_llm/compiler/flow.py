@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -13,7 +14,7 @@ from onnxslim_llm import __version__
 from onnxslim_llm.artifact.environment import usable_cpus
 from onnxslim_llm.artifact.hashing import BackgroundHasher
 from onnxslim_llm.artifact.journal import compile_identity
-from onnxslim_llm.artifact.manifest import MANIFEST_NAME, REPORT_NAME, Manifest, Verify
+from onnxslim_llm.artifact.manifest import MANIFEST_NAME, REPORT_NAME, GraphEntry, Manifest, Verify
 from onnxslim_llm.artifact.sidefiles import carry_side_files
 from onnxslim_llm.artifact.staging import Staging
 from onnxslim_llm.compiler.account import Account, make_manifest
@@ -22,27 +23,23 @@ from onnxslim_llm.compiler.calibration import SELF, Calibrator
 from onnxslim_llm.compiler.client_files import write_client_files
 from onnxslim_llm.compiler.defaults import default_output, default_recipe, rounds_activations
 from onnxslim_llm.compiler.fixed_source import FixedSource, Shapes
-from onnxslim_llm.compiler.fusion import FusionCensus
+from onnxslim_llm.compiler.graphs import MODEL_NAME, GraphPlan, GraphShape, parse_graphs, shapes_of
+from onnxslim_llm.compiler.job import Job
 from onnxslim_llm.compiler.lowering import KvCache, check_opset, in_order, intake_passes, lowering_passes
-from onnxslim_llm.compiler.nonfinite import NonFinite, nonfinite_weights
-from onnxslim_llm.compiler.observation import make_observer
+from onnxslim_llm.compiler.pair import check_pair
 from onnxslim_llm.compiler.progress import Progress, Silent
-from onnxslim_llm.compiler.verification import Judge, may_roll_back
-from onnxslim_llm.errors import CompilerBug, GateError, ModelError, UsageError
-from onnxslim_llm.ir.model import Model, open_model
+from onnxslim_llm.compiler.verification import Judge
+from onnxslim_llm.errors import GateError, UsageError
+from onnxslim_llm.ir.model import open_model
 from onnxslim_llm.ir.proto.external import resolve_model_path
-from onnxslim_llm.ir.save import SaveOptions, SaveReport, save_model
 from onnxslim_llm.recipe import Recipe
-from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.passes import Pass
-from onnxslim_llm.rewrite.pipeline import PassRecord, Pipeline
 from onnxslim_llm.targets import Target, get_target
 from onnxslim_llm.targets.base import VendorError
 
 __all__ = ["MODEL_NAME", "CompileResult", "compile"]
 
-MODEL_NAME = "model.onnx"
-FIXED_NAME = "fixed"  # the source with fixed sizes; likewise
+FIXED_NAME = "fixed"  # folders of the work in progress with the source with fixed sizes
 STATISTICS_NAME = "statistics"  # a folder of the work in progress; never part of an artifact
 VerifyLevel = Literal["fast", "full", "off"]
 Logits = Literal["all", "last"]
@@ -71,7 +68,7 @@ def compile(  # noqa: A001
     calib: str | Path | None = None,
     jobs: int | None = None,
     memory_limit: int | None = None,
-    shape: str = "",
+    shape: str | Sequence[str] = "",
     target_options: Mapping[str, str] | None = None,
     kv_cache: KvCache = "separate",
     add_kv_cache: bool = False,
@@ -97,6 +94,7 @@ def compile(  # noqa: A001
         jobs: Threads for weight work and verification; default: all usable CPUs. The artifact does not depend on it.
         memory_limit: Bytes of weights in work at a time.
         shape: Sizes for symbolic dimensions, such as "batch=1,seq=128"; targets with fixed shapes need all of them.
+            ["batch=1", "prefill:seq=128,past=0", "decode:seq=1,past=511"] makes two graphs that share their weights.
         target_options: Options of the target's own.
         kv_cache: "separate": cache inputs and outputs as in the source. "shared": each pair is one buffer, extended in
             place. "int8": that, with int8 entries; the loss is what `verify` in the manifest says.
@@ -144,7 +142,8 @@ def compile(  # noqa: A001
         model = open_model(path)
         account.opened(model)
         check_opset(goal, opset, model.opset())
-        shapes = Shapes.of(model, goal, shape)
+        graphs = parse_graphs(shape)
+        shapes = shapes_of(model, goal, graphs)
         if chosen is None:
             chosen, why = default_recipe(model)
             account.note(why)
@@ -153,7 +152,7 @@ def compile(  # noqa: A001
             chosen = chosen.model_copy(update={"gates": "int8"})
         account.recipe = chosen
         data = account.source_data
-        staging.begin(compile_identity(path, data, _identity(goal, chosen, kv_cache, opset, shapes)), resume=resume)
+        staging.begin(compile_identity(path, data, _identity(goal, chosen, kv_cache, opset, graphs)), resume=resume)
         weights = [os.path.relpath(f.resolve(), path.parent.resolve()) for f in data]
         if verify == "off":  # without proof wanted, the weights need not be read once more for their hash
             source_hashes = hasher.submit(path.parent, [path.name], weights)
@@ -162,24 +161,19 @@ def compile(  # noqa: A001
         account.notes += staging.notes
         given = Path(calib) if calib else None
         kept = Path(statistics) if statistics is not None else staging.directory / STATISTICS_NAME
-        calibrator = Calibrator(path, given, kept, account.threads, progress)
-        text = given if given and str(given) != SELF and given.suffix != ".jsonl" else None
-        fixed = None
-        if shapes.text:
-            fixed = FixedSource(path, shapes, staging.directory / FIXED_NAME, account.threads)
-            samples = fixed.samples(calibrator.tokens())
-            calibrator = replace(calibrator, source=fixed.path, data=samples or given)
-            text = samples or text
-        runs_as = fixed.path if fixed else path
-        judge = Judge(runs_as, goal, chosen, verify, text, account.threads, progress, calibrator)
-        lowering = shapes.for_lowering(lowering_passes(goal, kv_cache, opset))
-        passes = [*shapes.passes(), *intake_passes(goal), *in_order(chosen.build(), lowering)]
-        job = _Job(passes, goal, staging, account, progress, judge, calibrator, memory_limit)
+        base = Calibrator(path, given, kept, account.threads, progress)
+        plans = [
+            _plan(graph, sizes, goal, chosen, verify, base, staging, lowering_passes(goal, kv_cache, opset))
+            for graph, sizes in zip(graphs, shapes, strict=True)
+        ]
+        job = Job(plans, goal, staging, account, progress, memory_limit)
+        judge, calibrator = plans[0].judge, plans[0].calibrator
         try:
-            verified = job.run(model)
+            results = job.run(model)
         except VendorError as error:
             error.todo = f"{error.todo}; its log is {staging.keep_log(error.log)}"
             raise
+        verified = results[0]
         if kv_cache == "int8" and verified is not None and verified.kl_mean is not None:
             exact = all(step.lossless for step in chosen.build())
             what = "the int8 KV cache costs" if exact else "the recipe and the int8 KV cache cost"
@@ -188,12 +182,21 @@ def compile(  # noqa: A001
             calibrator.discard()
         quality = judge.measure(staging.directory / MODEL_NAME)
         account.layers = judge.diagnose(account.layers, staging.directory / MODEL_NAME)
-        if fixed is not None:
-            fixed.discard()
+        generation = None
+        if len(plans) > 1 and len(results) == len(plans) and all(map(_is_fine, results)):
+            progress.stage("verify (both graphs)", None, "tokens")
+            tokens = base.tokens()
+            assert verified is not None
+            generation, gate = check_pair(path, plans, staging.directory, goal, chosen, tokens, account.threads)
+            verified = verified.model_copy(update={"gates": [*verified.gates, gate]})
+        for plan in plans:
+            if plan.fixed is not None:
+                plan.fixed.discard()
         written, remarks = write_client_files(staging.directory / MODEL_NAME, path.parent)
         carried, notes = carry_side_files(path.parent, staging.directory, only_known=not folder)
         bundled, needs = bundle_operators(staging.directory / MODEL_NAME, bundle_ops)
-        account.notes += [*remarks, *notes, *needs, *judge.notes, *calibrator.notes]
+        told = [note for plan in plans for note in (*plan.judge.notes, *plan.calibrator.notes)]
+        account.notes += dict.fromkeys([*remarks, *notes, *needs, *told])
         progress.stage("report")
         manifest = make_manifest(
             account,
@@ -203,10 +206,13 @@ def compile(  # noqa: A001
             carried=[*written, *carried, *bundled],
             verify=verified,
             quality=quality,
+            graphs=_graph_entries(plans, [verified, *results[1:]]),
+            generation=generation,
             seconds=time.perf_counter() - start,
         )
         if manifest.failed_gates:
-            raise _gate_error(manifest, staging, judge.guilty or str(path))
+            guilty = next((plan.judge.guilty for plan in plans if plan.judge.guilty), str(path))
+            raise _gate_error(manifest, staging, guilty)
         _write_report(manifest, staging.directory)
         return CompileResult(staging.publish(), manifest)
 
@@ -225,14 +231,6 @@ def _gate_error(manifest: Manifest, staging: Staging, where: str) -> GateError:
     return error
 
 
-def _does_not_run(guilty: Pass, error: ModelError) -> CompilerBug:
-    return CompilerBug(
-        f"the artifact does not run: {error.what}",
-        where=f"pass '{guilty.name}'",
-        todo="leave this pass out of the recipe, and report it with the model's `inspect --json`",
-    )
-
-
 def _load_recipe(recipe: str | Path | Recipe | None) -> Recipe | None:
     return recipe if recipe is None or isinstance(recipe, Recipe) else Recipe.load(recipe)
 
@@ -243,11 +241,52 @@ def _wanted_fusions(add_kv_cache: bool, logits: Logits) -> list[str]:
     return [*wanted, "keep_last_logits"] if logits == "last" else wanted
 
 
+def _plan(
+    graph: GraphShape,
+    shapes: Shapes,
+    target: Target,
+    recipe: Recipe,
+    verify: VerifyLevel,
+    base: Calibrator,
+    staging: Staging,
+    lowering: list[Pass],
+) -> GraphPlan:
+    """Return how one graph is made, with inputs of its own sizes; the source with these sizes is written."""
+    given = base.data
+    text = given if given and str(given) != SELF and given.suffix != ".jsonl" else None
+    fixed, calibrator = None, base
+    if shapes.text:
+        folder = staging.directory / "-".join(filter(None, [FIXED_NAME, graph.name]))
+        fixed = FixedSource(base.source, shapes, folder, base.threads)
+        samples = fixed.samples(base.tokens())
+        calibrator = replace(base, source=fixed.path, data=samples or given, notes=[])
+        text = samples or text
+    judge = Judge(calibrator.source, target, recipe, verify, text, base.threads, base.progress, calibrator)
+    steps = in_order(recipe.build(), shapes.for_lowering(lowering))
+    return GraphPlan(graph, [*shapes.passes(), *intake_passes(target), *steps], judge, calibrator, fixed)
+
+
+def _is_fine(result: Verify | None) -> bool:
+    return result is not None and all(gate.ok for gate in result.gates)
+
+
+def _graph_entries(plans: Sequence[GraphPlan], results: Sequence[Verify | None]) -> list[GraphEntry]:
+    """Return what the manifest says of each graph, where there are several."""
+    if len(plans) < 2:
+        return []
+    shapes = [plan.shape for plan in plans]
+    return [
+        GraphEntry(name=shape.name, path=shape.file, sizes=shape.sizes, verify=result)
+        for shape, result in zip_longest(shapes, results[: len(shapes)])
+    ]
+
+
 def _identity(
-    target: Target, recipe: Recipe, kv_cache: KvCache, opset: int | None, shapes: Shapes
+    target: Target, recipe: Recipe, kv_cache: KvCache, opset: int | None, graphs: Sequence[GraphShape]
 ) -> dict[str, object]:
     identity = {"version": __version__, "target": target.name, "lowering": target.lowering}
-    return {**identity, "recipe": recipe.resolved(), "kv_cache": kv_cache, "opset": opset, "shape": shapes.text}
+    sizes = ";".join(":".join(filter(None, [graph.name, graph.sizes])) for graph in graphs)
+    return {**identity, "recipe": recipe.resolved(), "kv_cache": kv_cache, "opset": opset, "shape": sizes}
 
 
 def _write_report(manifest: Manifest, directory: Path) -> None:
@@ -255,123 +294,6 @@ def _write_report(manifest: Manifest, directory: Path) -> None:
 
     manifest.write(directory / MANIFEST_NAME)
     (directory / REPORT_NAME).write_text(render_report(manifest), encoding="utf-8")
-
-
-@dataclass
-class _Job:
-    """Passes, save and verification, repeated without a lossless pass that turns out to be guilty."""
-
-    passes: list[Pass]
-    target: Target
-    staging: Staging
-    account: Account
-    progress: Progress
-    judge: Judge
-    calibrator: Calibrator
-    memory_limit: int | None
-    report_names: list[str] = field(default_factory=list)
-
-    def run(self, model: Model) -> Verify | None:
-        rolled_back: dict[str, str] = {}
-        while True:
-            records = self._transform(model, rolled_back)
-            report = self._save(model)
-            self.account.finished(model, report, records)
-            bad = nonfinite_weights(model)
-            for weight in bad:
-                self.account.note(f"{weight}; they are kept as they are")
-            active = [p for p in self.passes if p.name not in rolled_back]
-            verified, broken = self._judge(bad)
-            if broken is None and (verified is None or all(gate.ok for gate in verified.gates)):
-                return verified
-            guilty = self.judge.find_guilty(active)
-            if guilty is None or not may_roll_back(guilty):
-                if broken is not None:
-                    raise broken if guilty is None else _does_not_run(guilty, broken)
-                return verified
-            failed = "" if verified is None else next(gate.name for gate in verified.gates if not gate.ok)
-            reason = (
-                f"the artifact missed '{failed}' with it" if broken is None else "the artifact does not run with it"
-            )
-            rolled_back[guilty.name] = reason
-            self._tell_rolled_back(guilty.name, reason)
-            model = open_model(self.account.source)
-
-    def _judge(self, bad: list[NonFinite]) -> tuple[Verify | None, ModelError | None]:
-        """Return the verification's result, or the error that stopped it."""
-        try:
-            return self.judge.judge(self.staging.directory / MODEL_NAME), None
-        except ModelError as error:
-            if bad:
-                error.where = "; ".join(filter(None, [str(bad[0]), error.where]))  # most probably the reason
-            return None, error
-
-    def _transform(self, model: Model, rolled_back: dict[str, str]) -> list[PassRecord]:
-        active = [p for p in self.passes if p.name not in rolled_back]
-        context = Context(
-            target=self.target,
-            statistics=self.calibrator.wanted_by(active),
-            cache_ranges=self.calibrator.cache_ranges_wanted_by(active),
-            observer=make_observer(self.calibrator),
-        )
-        self.progress.stage("passes", len(active), "passes")
-        census = FusionCensus(active, model)
-        relay = _Relay(self.progress, census)
-        records = Pipeline(active).run(model, context, observer=relay, gate=self.judge.pass_gate())
-        self.account.fusion = census.reports
-        self.account.notes += [n for n in context.notes if n not in self.account.notes]
-        for record in records:
-            if record.rolled_back:
-                self._tell_rolled_back(record.name, record.rolled_back)
-        undone = [
-            PassRecord(p.name, p.options(), rolled_back=rolled_back[p.name])
-            for p in self.passes
-            if p.name in rolled_back
-        ]
-        return [*records, *undone]
-
-    def _tell_rolled_back(self, name: str, reason: str) -> None:
-        text = f"pass '{name}' is rolled back: {reason}"
-        self.account.note(text)
-        self.progress.note(text)
-
-    def _save(self, model: Model) -> SaveReport:
-        self.progress.stage("weights", model.weight_bytes(), "bytes")
-        options = SaveOptions(jobs=self.account.threads, memory_limit=self.memory_limit)
-        destination = self.staging.directory / MODEL_NAME
-        report = save_model(
-            model,
-            destination,
-            options,
-            progress=lambda done, total: self.progress.advance(done),
-            journal=self.staging.journal,
-        )
-        for file in report.files:
-            self.staging.written(file)
-        self.report_names = [os.path.relpath(f, self.staging.directory) for f in report.files]
-        if self.target.extra:
-            self.progress.stage("compile for the device", None)
-        finished = self.target.finish(destination, threads=self.account.threads)
-        self.report_names += finished.files
-        for note in finished.notes:
-            self.account.note(note)
-        return report
-
-
-class _Relay:
-    """Hands the pipeline's progress on."""
-
-    def __init__(self, progress: Progress, census: FusionCensus) -> None:
-        self._progress = progress
-        self._census = census
-
-    def pass_started(self, index: int, total: int, step: Pass) -> None:
-        self._progress.advance(index, step.name)
-
-    def pass_finished(self, index: int, total: int, record: PassRecord, model: Model) -> None:
-        self._census.pass_finished(index, record, model)
-        self._progress.advance(index + 1, record.name)
-        self._progress.pass_finished(record)
 
 
 def _check_level(level: str) -> None:

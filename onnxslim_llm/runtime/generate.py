@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from onnxslim_llm.errors import ModelError, UsageError
 from onnxslim_llm.runtime.decoder import DecoderRunner
 from onnxslim_llm.runtime.session import Array
+from onnxslim_llm.runtime.static_pair import StaticPair
 
 __all__ = ["Sampling", "generate", "pick"]
 
@@ -40,7 +42,7 @@ class Sampling:
 
 
 def generate(
-    runner: DecoderRunner,
+    runner: DecoderRunner | StaticPair,
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
@@ -65,6 +67,8 @@ def generate(
         ModelError: the logits are not finite, or the model fails.
     """
     sampling = sampling or Sampling()
+    if isinstance(runner, StaticPair):
+        context_length = min(context_length or runner.context_length, runner.context_length)
     if not prompt:
         raise UsageError("the prompt has no tokens", todo="give a prompt with at least one token")
     if context_length is not None and len(prompt) >= context_length:
@@ -73,7 +77,7 @@ def generate(
 
 
 def _tokens(
-    runner: DecoderRunner,
+    runner: DecoderRunner | StaticPair,
     prompt: list[int],
     limit: int,
     sampling: Sampling,
@@ -84,7 +88,8 @@ def _tokens(
     if context_length is not None:
         limit = min(limit, context_length - len(prompt))
     rng = np.random.default_rng(sampling.seed)
-    fed, state = np.array([prompt], np.int64), None
+    fed = np.array([prompt], np.int64)
+    state: Any = None  # the runner's own
     for _ in range(limit):
         logits, state = runner.prefill(fed, state, chunk=chunk)
         last = logits[0, -1].astype(np.float64)

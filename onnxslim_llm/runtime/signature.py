@@ -18,7 +18,7 @@ from onnxslim_llm.ir.metadata import IN_PLACE_CACHE
 from onnxslim_llm.runtime.head_size import declared_head_size
 from onnxslim_llm.runtime.session import Dim, Session, TensorInfo, inputs_of, outputs_of
 
-__all__ = ["CachePair", "DecoderSignature", "Extra", "cache_slot", "find_decoder"]
+__all__ = ["CachePair", "DecoderSignature", "Extra", "cache_slot", "find_decoder", "find_static"]
 
 _IDS = ("input_ids", "token_ids", "tokens", "ids")
 _MASK = ("attention_mask", "mask", "attn_mask")
@@ -53,6 +53,7 @@ class CachePair:
 
     Attributes:
         shape: of the past input, with None at `batch_axis` and `sequence_axis`.
+        room: tokens that the past input holds where that is fixed, see `find_static`; None where it grows.
     """
 
     past: str
@@ -61,6 +62,7 @@ class CachePair:
     shape: tuple[int | None, ...]
     batch_axis: int
     sequence_axis: int
+    room: int | None = None
 
 
 @dataclass(frozen=True)
@@ -135,13 +137,23 @@ def find_decoder(model: Session | onnx.ModelProto) -> tuple[DecoderSignature | N
         return None, str(refusal)
 
 
+def find_static(model: Session | onnx.ModelProto) -> tuple[DecoderSignature | None, str]:
+    """As `find_decoder`, of a decoder with caches of a fixed size: past [.., P, ..] becomes present [.., P + S, ..]."""
+    try:
+        return _match(inputs_of(model), outputs_of(model), None, static=True), ""
+    except _RefusalError as refusal:
+        return None, str(refusal)
+
+
 def _metadata(model: Session | onnx.ModelProto) -> dict[str, str]:
     if isinstance(model, Session):
         return model.metadata()
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
-def _match(inputs: tuple[TensorInfo, ...], outputs: tuple[TensorInfo, ...], head_size: int | None) -> DecoderSignature:
+def _match(
+    inputs: tuple[TensorInfo, ...], outputs: tuple[TensorInfo, ...], head_size: int | None, static: bool = False
+) -> DecoderSignature:
     ids = _token_ids(inputs)
     mask, positions = _one(inputs, _MASK), _one(inputs, _POSITIONS)
     named = {info.name for info in (ids, mask, positions) if info}
@@ -153,7 +165,7 @@ def _match(inputs: tuple[TensorInfo, ...], outputs: tuple[TensorInfo, ...], head
             raise _RefusalError(f"input '{info.name}' belongs to an encoder-decoder model")
         if not _PAST_WORD.search(info.name):
             raise _RefusalError(f"input '{info.name}' is none that a decoder has")
-    caches, presents = _pair(rest, outputs, head_size)
+    caches, presents = _pair(rest, outputs, head_size, static)
     logits = _logits(outputs, presents, bool(caches))
     _check_types(ids, mask, positions)
     id_dims, logit_dims = ids.shape or (None, None), logits.shape or ()
@@ -223,7 +235,7 @@ def cache_slot(name: str) -> tuple[int, str] | None:
 
 
 def _pair(
-    rest: list[TensorInfo], outputs: tuple[TensorInfo, ...], head_size: int | None
+    rest: list[TensorInfo], outputs: tuple[TensorInfo, ...], head_size: int | None, static: bool
 ) -> tuple[tuple[CachePair, ...], frozenset[str]]:
     """Match past inputs with present outputs; the second result names all outputs that look like a cache."""
     presents: dict[tuple[int, str], TensorInfo] = {}
@@ -236,7 +248,8 @@ def _pair(
         key = cache_slot(info.name)
         if key is None or key not in presents:
             raise _RefusalError(f"cache input '{info.name}' has no output that continues it")
-        pairs.append(_cache(info, presents[key], head_size))
+        pair = _static_cache(info, presents[key]) if static else _cache(info, presents[key], head_size)
+        pairs.append(pair)
     return tuple(pairs), frozenset(info.name for info in presents.values())
 
 
@@ -256,6 +269,18 @@ def _cache(past: TensorInfo, present: TensorInfo, head_size: int | None) -> Cach
     sequence = free[0]
     shape = tuple(None if i in (batch, sequence) or not isinstance(d, int) else d for i, d in enumerate(known))
     return CachePair(past.name, present.name, _dtype(past), shape, batch, sequence)
+
+
+def _static_cache(past: TensorInfo, present: TensorInfo) -> CachePair:
+    dims, after = past.shape or (), present.shape or ()
+    if len(dims) != len(after) or not all(isinstance(size, int) for size in (*dims, *after)):
+        raise _RefusalError(f"cache input '{past.name}' has no fixed size: {list(dims)}")
+    grown = [i for i, (a, b) in enumerate(zip(dims, after, strict=True)) if a != b]
+    if len(grown) != 1:
+        raise _RefusalError(f"'{present.name}' {list(after)} is no continuation of '{past.name}' {list(dims)}")
+    batch = 1 if len(dims) == 5 and dims[0] == 2 else 0
+    shape = tuple(None if i in (batch, grown[0]) else int(size or 0) for i, size in enumerate(dims))
+    return CachePair(past.name, present.name, _dtype(past), shape, batch, grown[0], int(dims[grown[0]] or 0))
 
 
 def _logits(outputs: tuple[TensorInfo, ...], presents: frozenset[str], cached: bool) -> TensorInfo:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -60,6 +60,8 @@ class Target:
         qdq: What the target computes on integers; None where activations always stay float.
         fixed_shapes: All sizes must be numbers.
         simulated: Runs here take thousands of times as long as on the device.
+        lint_is_final: What the lint finds keeps a model from running, whoever wrote it. Otherwise a compile leaves the
+            source's own operators of other domains in it.
         extra: The optional dependency of this project that brings the runtime; "" where it is always there.
     """
 
@@ -76,6 +78,7 @@ class Target:
     qdq: QdqRules | None = None
     fixed_shapes: bool = False
     simulated: bool = False
+    lint_is_final: bool = False
     extra: str = ""
 
     def installed(self) -> tuple[bool, str]:
@@ -139,6 +142,18 @@ class Target:
 
         Raises:
             VendorError: The vendor's compiler fails on the model.
+        """
+        return Finished()
+
+    def finish_together(self, artifacts: Sequence[Path], *, threads: int = 0) -> Finished:
+        """Add what the target needs of several graphs that share their weights, each of which is finished.
+
+        Args:
+            artifacts: The .onnx files, that for prompts first.
+            threads: As for `finish`.
+
+        Raises:
+            VendorError: The vendor's compiler fails on the models.
         """
         return Finished()
 

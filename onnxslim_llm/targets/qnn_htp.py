@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxslim_llm.bounded import Outcome, run_bounded
 from onnxslim_llm.errors import UsageError, did_you_mean
-from onnxslim_llm.ir.model import open_model
 from onnxslim_llm.targets.base import Finished, Target, VendorError, Violation
-from onnxslim_llm.targets.htp_lint import htp_violations, narrow_weights
+from onnxslim_llm.targets.htp_lint import htp_violations
 from onnxslim_llm.targets.htp_rules import HTP_RULES
 from onnxslim_llm.targets.native_output import stdout_to_stderr
 from onnxslim_llm.targets.qnn_provider import EXTRA, PACKAGE, PROVIDER, qnn_options
@@ -24,9 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = ["CONTEXT_NAME", "PLACEMENT_NAME", "QNN_HTP", "QnnHtpTarget"]
 
-#: The model that names the compiled binary, which lies beside it.
+#: Of model.onnx: the model that names the compiled binary, which lies beside it, and the list of nodes by device. The
+#: graph decode.onnx has decode_ctx.onnx and decode_placement.json.
 CONTEXT_NAME = "model_ctx.onnx"
 PLACEMENT_NAME = "placement.json"
+_MAIN = "model"
 _WORKER = "onnxslim_llm.targets.qnn_worker"
 _SECONDS = 1800.0
 _SHOWN = 5
@@ -39,6 +40,8 @@ _DEFAULTS = {
     "htp_graph_finalization_optimization_mode": "3",
     "htp_performance_mode": "burst",
 }
+#: Options that are ours, not the plug-in's.
+_OWN = ("seconds", "share_weights")
 _FELL_BACK = "assigned to the default CPU EP"
 _UNSUPPORTED = re.compile(r"\{ name: (?P<name>.*?), type: (?P<op>\w+) \}")
 _REASON = re.compile(r"OrtNodeUnit \((?P<op>\w+)\)[^\n]*\n\s*REASON : (?P<reason>[^\n]*)")
@@ -52,27 +55,35 @@ class QnnHtpTarget(Target):
     Attributes:
         provider_options: Of the plug-in.
         seconds: Time limit of the vendor's compiler.
+        share_weights: Also write one binary for both graphs of a pair.
     """
 
     provider_options: Mapping[str, str] = field(default_factory=lambda: dict(_DEFAULTS))
     seconds: float = _SECONDS
+    share_weights: bool = False
 
     def with_options(self, options: Mapping[str, str]) -> Target:
-        """Return the target for another processor, or with another time limit ("seconds").
+        """Return the target for another processor, with another time limit ("seconds"), or "share_weights".
 
         Raises:
             UsageError: Unknown option.
         """
-        known = {*_DEFAULTS, "seconds"}
+        known = {*_DEFAULTS, *_OWN}
         for name, value in options.items():
             if name not in known:
                 what = f"target '{self.name}' has no option '{name}'"
                 raise UsageError(what, where="--target-option", todo=did_you_mean(name, known))
             if name == "seconds" and not (value.isdecimal() and int(value)):
                 raise UsageError(f"'{value}' is no number of seconds", where="--target-option seconds")
-        limit = float(options.get("seconds", self.seconds))
-        chosen = {k: v for k, v in options.items() if k != "seconds"}
-        return replace(self, provider_options={**self.provider_options, **chosen}, seconds=limit)
+            if name == "share_weights" and value not in ("0", "1"):
+                raise UsageError(f"'{value}' is neither 0 nor 1", where="--target-option share_weights")
+        chosen = {k: v for k, v in options.items() if k not in _OWN}
+        return replace(
+            self,
+            provider_options={**self.provider_options, **chosen},
+            seconds=float(options.get("seconds", self.seconds)),
+            share_weights=options.get("share_weights", "1" if self.share_weights else "0") == "1",
+        )
 
     def lint(self, model: Model) -> list[Violation]:
         """Return everything in the model that the target does not accept; empty for an artifact."""
@@ -83,24 +94,42 @@ class QnnHtpTarget(Target):
 
         Raises:
             ResourceError: The vendor's package is not installed.
-            UsageError: Weights have 4 bits in a form that is not computed right.
             VendorError: The compiler fails, takes too long, or leaves nodes to the CPU; these are listed.
         """
         self.require()
-        narrow = next(narrow_weights(open_model(artifact)), None)
-        if narrow is not None:
-            raise UsageError(f"{narrow.rule}; nothing was published", where=narrow.where, todo=f"use {narrow.fix}")
-        context = artifact.parent / CONTEXT_NAME
+        context = _context_of(artifact)
         outcome = self._compile(artifact, context, threads, "errors")
         if not outcome.finished:
             raise self._failure(artifact, context, threads, outcome)
         placement = {_DEVICES.get(name, name): nodes for name, nodes in outcome.answer["placement"].items()}
         listing = {"options": dict(self.provider_options), "nodes": placement}
-        (artifact.parent / PLACEMENT_NAME).write_text(json.dumps(listing, indent=2) + "\n", encoding="utf-8")
+        listed = PLACEMENT_NAME if artifact.stem == _MAIN else f"{artifact.stem}_{PLACEMENT_NAME}"
+        (artifact.parent / listed).write_text(json.dumps(listing, indent=2) + "\n", encoding="utf-8")
         binaries = sorted(file.name for file in artifact.parent.glob(f"{context.stem}*.bin"))
         on_npu, total = len(placement.get("NPU", ())), sum(map(len, placement.values()))
-        note = f"Qualcomm's compiler placed {on_npu} of {total} nodes on the NPU ({PLACEMENT_NAME})"
-        return Finished((CONTEXT_NAME, *binaries, PLACEMENT_NAME), (note,))
+        note = f"Qualcomm's compiler placed {on_npu} of {total} nodes on the NPU ({listed})"
+        return Finished((context.name, *binaries, listed), (note,))
+
+    def finish_together(self, artifacts: Sequence[Path], *, threads: int = 0) -> Finished:
+        """Compile the graphs once more into one binary that holds their weights once, if the option asks for it.
+
+        Devices load it; the simulator does not (QNN_COMMON_ERROR_NOT_SUPPORTED), so that what verification runs is each
+        graph's own binary.
+
+        Raises:
+            VendorError: The compiler fails or takes too long.
+        """
+        if not self.share_weights:
+            return Finished()
+        contexts = [artifact.with_name(f"{artifact.stem}_shared_ctx.onnx") for artifact in artifacts]
+        outcome = self._run(list(zip(artifacts, contexts, strict=True)), threads, "errors")
+        if not outcome.finished:
+            raise self._ended(outcome)
+        folder = artifacts[0].parent
+        binaries = sorted(file.name for context in contexts for file in folder.glob(f"{context.stem}*.bin"))
+        size = sum((folder / name).stat().st_size for name in binaries)
+        note = f"both graphs in one binary for devices: {', '.join(binaries)}, {size} bytes (not run here)"
+        return Finished((*(context.name for context in contexts), *binaries), (note,))
 
     def open(self, path: str | Path, *, threads: int = 0) -> Session:
         """Open what the vendor's compiler made of a model, or the model itself where it was not compiled yet.
@@ -113,23 +142,28 @@ class QnnHtpTarget(Target):
 
         self.require()
         path = Path(path)
-        compiled = path.parent / CONTEXT_NAME
+        compiled = _context_of(path)
         options = qnn_options(self.provider_options, {"session.disable_cpu_ep_fallback": "1"})
         options.intra_op_num_threads = threads
         return open_with_options(compiled if compiled.is_file() else path, options, around=stdout_to_stderr)
 
     def _compile(self, artifact: Path, context: Path, threads: int, log: str) -> Outcome:
+        return self._run([(artifact, context)], threads, log)
+
+    def _run(self, pairs: Sequence[tuple[Path, Path]], threads: int, log: str) -> Outcome:
+        """Compile models into contexts; several of them into one binary."""
         request = {
-            "model": str(artifact.resolve()),
-            "context": str(context.resolve()),
+            "models": [str(artifact.resolve()) for artifact, _ in pairs],
+            "contexts": [str(context.resolve()) for _, context in pairs],
             "provider_options": dict(self.provider_options),
             "threads": threads,
             "log": log,
         }
         outcome = run_bounded(_WORKER, request, seconds=self.seconds)
         if not outcome.finished:
-            for file in artifact.parent.glob(f"{context.stem}*"):
-                file.unlink()
+            for _, context in pairs:
+                for file in context.parent.glob(f"{context.stem}*"):
+                    file.unlink()
         return outcome
 
     def _failure(self, artifact: Path, context: Path, threads: int, outcome: Outcome) -> VendorError:
@@ -141,14 +175,27 @@ class QnnHtpTarget(Target):
         if refused:
             what = f"{len(refused)} node(s) would run on the CPU: {'; '.join(refused[:_SHOWN])}"
             todo = "`onnxslim-llm targets --target qnn-htp --lint-only MODEL` names the nearest legal forms"
-        elif outcome.ended.startswith("timed out"):
+            return self._error(what, todo, outcome)
+        return self._ended(outcome)
+
+    def _ended(self, outcome: Outcome) -> VendorError:
+        """Return how the compiler ended."""
+        if outcome.ended.startswith("timed out"):
             what, todo = f"Qualcomm's compiler {outcome.ended}", "--target-option seconds=N gives it more time"
         else:
             last = next((line for line in reversed(outcome.log.splitlines()) if line.strip()), "it said nothing")
             what, todo = f"Qualcomm's compiler failed ({outcome.ended}): {last.strip()}", "see its log"
+        return self._error(what, todo, outcome)
+
+    def _error(self, what: str, todo: str, outcome: Outcome) -> VendorError:
         error = VendorError(f"{what}; nothing was published", where=f"target '{self.name}'", todo=todo)
         error.log = outcome.log
         return error
+
+
+def _context_of(artifact: Path) -> Path:
+    """Return the file that names what the compiler makes of a model: `CONTEXT_NAME` for model.onnx."""
+    return artifact.with_name(f"{artifact.stem}_ctx.onnx")
 
 
 def refused_nodes(log: str) -> list[str]:
@@ -188,5 +235,6 @@ QNN_HTP = QnnHtpTarget(
     weight_bits=(4, 8),
     fixed_shapes=True,
     simulated=True,
+    lint_is_final=True,
     extra=EXTRA,
 )

@@ -188,9 +188,13 @@ class QuantizeActivations(Pass):
 
     def _observe(self, model: Model, nodes: Sequence[QdqNode], context: Context) -> tuple[Groups, dict[str, Power]]:
         groups = Groups(nodes)
-        powers = powers_of_results(nodes) if self.sensitive_below_db > 0 else {}
-        collectors: dict[str, Collector] = {**groups.collectors(self.calibrator, self.percentile)}
-        for name, power in powers.items():
+        shared = context.shared_ranges
+        powers: dict[str, Power] = {}
+        unknown: dict[str, Power] = {}
+        if self.sensitive_below_db > 0:
+            powers, unknown = powers_of_results(nodes, shared)
+        collectors: dict[str, Collector] = {**groups.collectors(self.calibrator, self.percentile, shared)}
+        for name, power in unknown.items():
             collectors[name] = Together((collectors[name], power)) if name in collectors else power
         assert context.observer is not None
         context.observer.observe(model, collectors)

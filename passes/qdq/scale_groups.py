@@ -14,9 +14,12 @@ from onnxslim_llm.passes.qdq.nodes import QdqNode
 from onnxslim_llm.products.reads import read_weight
 from onnxslim_llm.stats.grid import Grid, Range
 from onnxslim_llm.stats.ranges import CalibratorName, RangeCollector, make_collector
+from onnxslim_llm.stats.shared_ranges import SharedRanges
 
 __all__ = ["Groups", "ScaleGroup", "constant_of"]
 
+#: What the collectors of groups tell, see `SharedRanges`.
+_KIND = "range"
 #: Bytes of a constant that are looked at at a time.
 _CHUNK = 16 << 20
 
@@ -30,12 +33,14 @@ class ScaleGroup:
         constants: Constant operands, by name.
         fixed: Range that an operator's definition gives.
         collector: What the data say; None before the observation, or where nothing is observed.
+        tensors: All of them.
     """
 
     observed: list[gs.Variable] = field(default_factory=list)
     constants: dict[str, Weight] = field(default_factory=dict)
     fixed: Range | None = None
     collector: RangeCollector | None = None
+    tensors: list[gs.Tensor] = field(default_factory=list)
 
     @property
     def label(self) -> str:
@@ -99,13 +104,28 @@ class Groups:
         """Return the group of a quantized tensor."""
         return self.groups[self._root(tensor)]
 
-    def collectors(self, calibrator: CalibratorName, percentile: float) -> dict[str, RangeCollector]:
-        """Return a collector for each tensor to observe, by name; the tensors of a group share one."""
+    def collectors(
+        self, calibrator: CalibratorName, percentile: float, shared: SharedRanges | None = None
+    ) -> dict[str, RangeCollector]:
+        """Return a collector for each tensor to observe, by name; the tensors of a group share one.
+
+        Args:
+            calibrator: How ranges will be chosen.
+            percentile: For the calibrator of that name.
+            shared: Groups that another graph has observed take over what it has seen; the others are told to it.
+        """
         found: dict[str, RangeCollector] = {}
         for group in self.groups.values():
-            if group.observed:
-                group.collector = make_collector(calibrator, percentile)
-                found.update((tensor.name, group.collector) for tensor in group.observed)
+            if not group.observed:
+                continue
+            known = None if shared is None else shared.known(_KIND, group.tensors)
+            if isinstance(known, RangeCollector):
+                group.collector = known
+                continue
+            group.collector = make_collector(calibrator, percentile)
+            found.update((tensor.name, group.collector) for tensor in group.observed)
+            if shared is not None:
+                shared.offer(_KIND, group.tensors, group.collector)
         return found
 
     def adopt(self, earlier: Groups) -> None:
@@ -121,6 +141,7 @@ class Groups:
         movers: set[int],
         ranges: Mapping[int, tuple[float, float] | None],
     ) -> None:
+        group.tensors.append(tensor)
         content = constant_of(tensor)
         fixed = ranges.get(id(tensor))
         if content is not None:

@@ -15,9 +15,12 @@ from onnxslim_llm.passes.qdq.codings import Width
 from onnxslim_llm.passes.qdq.nodes import QdqNode, weight_axis
 from onnxslim_llm.passes.qdq.scale_groups import Groups
 from onnxslim_llm.stats.observe import Collector
+from onnxslim_llm.stats.shared_ranges import SharedRanges
 
 __all__ = ["Power", "Together", "powers_of_results", "result_quality", "with_makers"]
 
+#: What the collectors of results tell, see `SharedRanges`.
+_KIND = "power"
 #: Bytes of a weight that are looked at at a time.
 _CHUNK = 16 << 20
 #: Decibels of a result that is not disturbed at all.
@@ -57,9 +60,30 @@ class Together:
             part.add(values)
 
 
-def powers_of_results(nodes: Sequence[QdqNode]) -> dict[str, Power]:
-    """Return collectors for the results of products with weights, by name."""
-    return {item.node.outputs[0].name: Power() for item in nodes if item.is_product and item.weight is not None}
+def powers_of_results(
+    nodes: Sequence[QdqNode], shared: SharedRanges | None = None
+) -> tuple[dict[str, Power], dict[str, Power]]:
+    """Return the powers of the results of products with weights, by name, and those of them that must be observed.
+
+    Args:
+        nodes: What is computed on integers.
+        shared: Results that another graph has observed have the power that they had there.
+    """
+    powers: dict[str, Power] = {}
+    unknown: dict[str, Power] = {}
+    for item in nodes:
+        if not item.is_product or item.weight is None:
+            continue
+        result = item.node.outputs[0]
+        name = result.name
+        known = None if shared is None else shared.known(_KIND, [result])
+        if isinstance(known, Power):
+            powers[name] = known
+            continue
+        powers[name] = unknown[name] = Power()
+        if shared is not None:
+            shared.offer(_KIND, [result], powers[name])
+    return powers, unknown
 
 
 def result_quality(item: QdqNode, groups: Groups, width: Width, powers: Mapping[str, Power]) -> float:

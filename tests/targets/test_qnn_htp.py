@@ -12,6 +12,7 @@ import onnx.reference
 import pytest
 
 import onnxslim_llm as osl
+from onnxslim_llm.compiler.legality import IllegalGraphError, check_legal
 from onnxslim_llm.errors import ResourceError, UsageError
 from onnxslim_llm.ir.model import from_proto
 from onnxslim_llm.ir.shapes import infer_shapes
@@ -112,9 +113,11 @@ def test_weights_of_4_bits_with_a_scale_per_channel_are_refused(tmp_path: Path) 
     proto.graph.initializer.append(onnx.helper.make_tensor("codes", onnx.TensorProto.INT4, [2, 2], [1, -2, 3, -4]))
     onnx.save(proto, tmp_path / "model.onnx")
     assert [v.where for v in QNN_HTP.lint(from_proto(proto)) if v.rule == INT4] == ["DequantizeLinear 'w'"]
-    if there:
-        with pytest.raises(UsageError, match="nothing was published"):
-            QNN_HTP.finish(tmp_path / "model.onnx")
+    with pytest.raises(IllegalGraphError, match="nothing was published") as caught:
+        check_legal(from_proto(proto), QNN_HTP, tmp_path / "model.onnx")
+    assert caught.value.exit_code == 4
+    assert caught.value.where == "DequantizeLinear 'w'"
+    assert "w4a16" in caught.value.todo
 
 
 def test_options() -> None:
@@ -176,20 +179,39 @@ def test_every_node_is_on_the_npu(small_decoder: Path, tmp_path: Path) -> None:
     assert [list(info.shape or ()) for info in got if info.name == "input_ids"] == [[1, 8]]
 
 
+def with_operator(op: str, path: Path) -> Path:
+    """y = op (x) + x."""
+    text = (
+        '<ir_version: 10, opset_import: ["" : 17]> '
+        f"g (float[1, 8] x) => (float[1, 8] y) {{ e = {op} (x) y = Add (e, x) }}"
+    )
+    onnx.save(onnx.parser.parse_model(text), path)
+    return path
+
+
+@needs_qnn
+def test_what_the_lint_finds_fails_the_compile(tmp_path: Path) -> None:
+    source = with_operator("Erf", tmp_path / "erf.onnx")
+    data = tmp_path / "data.npz"
+    np.savez(data, x=np.linspace(-3, 3, 8, dtype=np.float32)[None])
+    with pytest.raises(IllegalGraphError, match="HTP has no Erf") as caught:
+        osl.compile(source, tmp_path / "out", target="qnn-htp", recipe="w8a16", calib=data)
+    assert (caught.value.exit_code, caught.value.where) == (4, "Erf 'e'")
+    assert "Gelu" in caught.value.todo
+    assert [violation.where for violation in caught.value.violations] == ["Erf 'e'"]
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.runtimes
 @needs_qnn
 def test_nodes_for_the_cpu_fail_the_compile(tmp_path: Path) -> None:
-    source = tmp_path / "erf.onnx"
-    text = (
-        '<ir_version: 10, opset_import: ["" : 17]> g (float[1, 8] x) => (float[1, 8] y) { e = Erf (x) y = Add (e, x) }'
-    )
-    onnx.save(onnx.parser.parse_model(text), source)
+    source = with_operator("Atanh", tmp_path / "atanh.onnx")  # no rule of the lint
     data = tmp_path / "data.npz"
-    np.savez(data, x=np.linspace(-3, 3, 8, dtype=np.float32)[None])
+    np.savez(data, x=np.linspace(-0.5, 0.5, 8, dtype=np.float32)[None])
     with pytest.raises(VendorError) as caught:
         osl.compile(source, tmp_path / "out", target="qnn-htp", recipe="w8a16", calib=data, force=True)
     assert caught.value.exit_code == 4
-    assert "Erf" in caught.value.what
+    assert "Atanh" in caught.value.what
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.failed.log").stat().st_size > 0
 

@@ -126,10 +126,15 @@ def _number(text: str, what: str, where: str) -> int:
     return int(text)
 
 
+#: What a folder that `compile` has written holds besides other models, if any.
+_ARTIFACT_MODEL, _ARTIFACT_MANIFEST = "model.onnx", "manifest.json"
+
+
 def resolve_model_path(path: str | Path) -> Path:
     """Return the ONNX file that `path` means: the file itself, or the one model (or the one decoder) in a folder.
 
-    A folder may keep its models in a subfolder `onnx`.
+    A folder may keep its models in a subfolder `onnx`. One of ours may hold further graphs, and what a vendor's
+    compiler made of them: then it means its model.onnx.
 
     Raises:
         UsageError: There is no such file, or the folder holds no model or several.
@@ -150,6 +155,9 @@ def resolve_model_path(path: str | Path) -> Path:
     for candidates in (models, decoders):
         if len(candidates) == 1:
             return candidates[0]
+    first = path / _ARTIFACT_MODEL
+    if first in models and (path / _ARTIFACT_MANIFEST).is_file():
+        return first
     if not models:
         raise UsageError("the folder holds no .onnx file", where=str(path), todo="give an .onnx file")
     names = ", ".join(item.name for item in models)

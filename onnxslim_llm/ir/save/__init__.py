@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onnxslim_llm.ir.save.save import DetailJournal, Journal, SaveOptions, SaveReport, save_model
+from onnxslim_llm.ir.save.save import DetailJournal, Journal, SaveOptions, SaveReport, save_model, save_models
 
 __all__ = [
     "DetailJournal",
@@ -10,4 +10,5 @@ __all__ = [
     "SaveOptions",
     "SaveReport",
     "save_model",
+    "save_models",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -74,11 +74,11 @@ class Layout:
         return digest.hexdigest()
 
 
-def plan_layout(model: Model, external: Literal["auto"] | bool = "auto") -> Layout:
+def plan_layout(models: Model | Sequence[Model], external: Literal["auto"] | bool = "auto") -> Layout:
     """Place the weights: in the order of the initializers, shared bytes once, large regions at pages.
 
     Args:
-        model: The model to save.
+        models: What to save: one model, or several that have one data file between them.
         external: True: all tensors of EXTERNAL_TENSOR_BYTES or more go into the data file. False: none. "auto": as with
             True if they are EXTERNAL_TOTAL_BYTES or more in all, or if any two of them share their bytes; else none.
     """
@@ -87,7 +87,8 @@ def plan_layout(model: Model, external: Literal["auto"] | bool = "auto") -> Layo
     wanted: dict[Hashable, tuple[str, Weight]] = {}
     shared = False
     small: dict[Hashable, DerivedWeight] = {}
-    for constant in all_initializers(model.graph):
+    several = models if isinstance(models, Sequence) else [models]
+    for constant in (tensor for model in several for tensor in all_initializers(model.graph)):
         weight = weight_of(constant)
         if not _may_be_external(weight):
             if isinstance(weight.storage, DerivedWeight):

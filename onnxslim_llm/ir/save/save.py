@@ -7,7 +7,7 @@ their pages are dropped as tiles finish.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.ir.weights.jobs import DerivedWeight
 from onnxslim_llm.ir.weights.weight import Weight
 
-__all__ = ["DetailJournal", "Journal", "SaveOptions", "SaveReport", "save_model"]
+__all__ = ["DetailJournal", "Journal", "SaveOptions", "SaveReport", "save_model", "save_models"]
 
 
 class Journal(Protocol):
@@ -77,7 +77,7 @@ class SaveReport:
     """What a save did.
 
     Attributes:
-        files: The model file first, then the data file if there is one.
+        files: The model files first, then the data file if there is one.
         bytes: Their size together.
         weights: Statistics of the weight jobs by weight name, as the jobs' `finish` returned them. A second job of the
             same name gets " (2)" behind it.
@@ -120,8 +120,32 @@ def save_model(
         ModelError: A weight is unusable (its job says so), or the weights do not fit into one file.
         ResourceError: The disk is full, files cannot be written, or one tile alone exceeds the memory limit.
     """
-    path, options = Path(path), options or SaveOptions()
-    layout = plan_layout(model, options.external)
+    return save_models({Path(path): model}, options, progress, journal)
+
+
+def save_models(
+    models: Mapping[Path, Model],
+    options: SaveOptions | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    journal: Journal | None = None,
+) -> SaveReport:
+    """Write several models of one folder, whose weights lie in one data file: equal ones are stored once.
+
+    Args:
+        models: By the file to write; the data file is called like the first, with ".data" appended.
+        options: As for `save_model`.
+        progress: Likewise.
+        journal: Likewise.
+
+    Returns:
+        The report of all together: the files of the models, then the data file.
+
+    Raises:
+        ModelError: As for `save_model`.
+        ResourceError: Likewise.
+    """
+    path, options = next(iter(models)), options or SaveOptions()
+    layout = plan_layout(list(models.values()), options.external)
     report = SaveReport(layout=layout.digest)
     data_path = path.with_name(path.name + ".data")
     units: list[Unit] = []
@@ -130,12 +154,14 @@ def save_model(
         _check_memory(units, options.memory_limit)
         _write_data(data_path, layout, units, options, progress, journal, report)
     kept = {key: data for unit in units for key, data in unit.kept.items()}
-    content = _graph_bytes(model, layout, data_path.name, kept)
-    _add_inline_figures(model, report)
-    write_file(path, content, options.fsync)
-    report.bytes_written += len(content)
-    report.bytes = len(content) + layout.size
-    report.files = [path, data_path] if layout.size else [path]
+    report.bytes = layout.size
+    for file, model in models.items():
+        content = _graph_bytes(model, layout, data_path.name, kept)
+        _add_inline_figures(model, report)
+        write_file(file, content, options.fsync)
+        report.bytes_written += len(content)
+        report.bytes += len(content)
+    report.files = [*models, data_path] if layout.size else [*models]
     if options.fsync:
         with resource_errors(path):
             sync_folder(path.parent)
