@@ -35,8 +35,8 @@ __all__ = ["FORMS", "Demand", "share_out", "tied_ridge"]
 
 Array = NDArray[Any]
 
-#: (bits, block) that weights may get, each with zero points and without. Blocks that are missing have no fast kernel, or
-#: are never worth their bytes.
+#: (bits, block) that weights may get, each with zero points and without. Blocks that are missing have no fast kernel,
+#: or are never worth their bytes.
 FORMS = (
     *((2, block) for block in (32, 64, 128)),
     *((3, block) for block in (16, 32, 64, 128)),

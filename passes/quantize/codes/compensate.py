@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Coded", "Grid", "compensate"]
+__all__ = ["RUN", "Coded", "Grid", "compensate"]
 
 Array = NDArray[Any]
+
+#: Rows whose errors are taken back from each other one by one; what is behind them follows in one matrix product.
+RUN = 16
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,16 @@ def compensate(weight: Array, factor: Array, block: int, levels: int, fit: Calla
         scale, zero = grid.scales.astype(np.float32), grid.zeros.astype(np.float32)
         inverse = np.where(scale == 0, 0, 1 / np.where(scale == 0, 1, scale)).astype(np.float32)
         errors = np.empty((stop - start, columns), np.float32)
-        for k in range(start, stop):
-            row = work[k]
-            code = np.where(kept[k], np.clip(np.rint(row * inverse) + zero, 0, levels), zero)
-            codes[k] = code
-            error = (row - (code - zero) * scale) / factor[k, k]
-            errors[k - start] = error
-            if k + 1 < stop:
-                work[k + 1 : stop] -= factor[k, k + 1 : stop, None] * error
+        for first in range(start, stop, RUN):
+            last = min(first + RUN, stop)
+            for k in range(first, last):
+                row = work[k]
+                code = np.where(kept[k], np.clip(np.rint(row * inverse) + zero, 0, levels), zero)
+                codes[k] = code
+                error = (row - (code - zero) * scale) / factor[k, k]
+                errors[k - start] = error
+                work[k + 1 : last] -= factor[k, k + 1 : last, None] * error
+            work[last:stop] -= factor[first:last, last:stop].T @ errors[first - start : last - start]
         if stop < rows:
             work[stop:] -= factor[start:stop, stop:].T @ errors
     return Coded(codes, np.stack([g.scales for g in grids]), np.stack([g.zeros for g in grids]))

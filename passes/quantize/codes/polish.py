@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim_llm.passes.quantize.codes.compensate import Coded
+from onnxslim_llm.passes.quantize.codes.compensate import RUN, Coded
 
 __all__ = ["polish"]
 
 Array = NDArray[Any]
 
 SWEEPS = 2
+#: Share of the error that a sweep must have saved for another one.
+_WORTH_A_SWEEP = 0.005
 _TINY = 1e-30
 
 
@@ -42,7 +44,7 @@ def polish(
         block: Rows that share a scale.
         levels: Largest code.
         stored: Rounds scales to what their type holds, as float32.
-        sweeps: Times that all scales and codes are gone through.
+        sweeps: Times that all scales and codes are gone through, at most.
     """
     rows = len(weight)
     kept = weight != 0
@@ -50,34 +52,63 @@ def polish(
     scales = coded.scales.astype(np.float32)
     zeros = coded.zeros.astype(np.float32)
     centred -= np.repeat(zeros, block, axis=0)[:rows]
-    value = centred * np.repeat(scales, block, axis=0)[:rows]
-    gradient = gram @ (weight - value)
+    missing = weight - centred * np.repeat(scales, block, axis=0)[:rows]
     diagonal = np.maximum(np.diagonal(gram), _TINY)
     for _ in range(sweeps):
+        error = saved = 0.0
         for number, start in enumerate(range(0, rows, block)):
-            stop = min(start + block, rows)
-            part, own, g = slice(start, stop), gram[start:stop, start:stop], gradient[start:stop]
-            before = value[part].copy()
-            scale = _rescaled(centred[part], scales[number], own, g, stored)
-            change = centred[part] * scale - before
-            g -= own @ change
-            value[part] += change
+            part = slice(start, min(start + block, rows))
+            own, gradient = gram[part, part], gram[part] @ missing
+            before, slope = missing[part].copy(), gradient.copy()
+            scale = _rescaled(centred[part], scales[number], own, gradient, stored)
+            missing[part] = weight[part] - centred[part] * scale
+            gradient += own @ (missing[part] - before)
             scales[number] = scale
-            inverse = np.where(scale == 0, 0, 1 / np.where(scale == 0, 1, scale)).astype(np.float32)
-            low, high = -zeros[number], levels - zeros[number]
-            for k in range(start, stop):
-                i = k - start
-                code = np.clip(np.rint((value[k] + g[i] / diagonal[k]) * inverse), low, high) * kept[k]
-                moved = (code - centred[k]) * scale
-                if moved.any():
-                    g -= own[:, i, None] * moved
-                    centred[k] = code
-            value[part] = centred[part] * scale
-            total = value[part] - before
-            gradient[:start] -= gram[:start, part] @ total
-            gradient[stop:] -= gram[stop:, part] @ total
+            lowest = -zeros[number]
+            _recode(centred[part], kept[part], scale, own, gradient, diagonal[part], lowest, lowest + levels)
+            missing[part] = weight[part] - centred[part] * scale
+            error += float(np.vdot(before, slope))
+            saved += float(np.vdot(before - missing[part], slope + gradient))
+        if saved < _WORTH_A_SWEEP * error:
+            break
     codes = centred + np.repeat(zeros, block, axis=0)[:rows]
     return Coded(codes.astype(np.uint8), scales.astype(coded.scales.dtype), coded.zeros)
+
+
+def _recode(
+    centred: Array,
+    kept: Array,
+    scale: Array,
+    gram: Array,
+    gradient: Array,
+    diagonal: Array,
+    low: Array,
+    high: Array,
+) -> None:
+    """Give each row of a block its best codes, one row after the other.
+
+    Args:
+        centred: Codes without their zero points [B, n]; changed.
+        kept: Where codes may be other than 0 [B, n].
+        scale: Of the block [n].
+        gram: The block's part of H [B, B].
+        gradient: H (w - q) [B, n]; changed along.
+        diagonal: Of H, positive [B].
+        low: Least code [n].
+        high: Largest code [n].
+    """
+    inverse = np.where(scale == 0, 0, 1 / np.where(scale == 0, 1, scale)).astype(np.float32)
+    rows = len(centred)
+    for first in range(0, rows, RUN):
+        last = min(first + RUN, rows)
+        moved = np.empty((last - first, centred.shape[1]), np.float32)
+        for k in range(first, last):
+            code = np.clip(np.rint(centred[k] + gradient[k] * (inverse / diagonal[k])), low, high) * kept[k]
+            np.multiply(code - centred[k], scale, out=moved[k - first])
+            centred[k] = code
+            gradient[k:last] -= gram[k:last, k, None] * moved[k - first]
+        gradient[:first] -= gram[:first, first:last] @ moved
+        gradient[last:] -= gram[last:, first:last] @ moved
 
 
 def _rescaled(centred: Array, scale: Array, gram: Array, gradient: Array, stored: Callable[[Array], Array]) -> Array:
