@@ -51,7 +51,8 @@ class RaiseBlockWeights(Pass):
         - scales are neither float32 nor float16;
         - the sizes of weight and attributes do not fit together;
         - a look-up reads codes with an element type of their own instead of bytes, or along another axis;
-        - codes are rearranged for one runtime (weight_prepacked).
+        - codes are rearranged for one runtime (weight_prepacked);
+        - the weight is stored sparse (`store_sparse`), and the target has the operators that read it so.
 
     Attributes:
         runtime_operators: Take in com.microsoft's operators, too, not only our own.
@@ -65,7 +66,7 @@ class RaiseBlockWeights(Pass):
     def apply(self, model: Model, context: Context) -> Change:
         """Replace the nodes; nothing is read but headers."""
         change = Change()
-        found = list(self._find(model, change))
+        found = list(self._find(model, context, change))
         if not found:
             return change
         opset, ir_version = (max(n) for n in zip(*(_NEEDS[s.job(0).scheme.bits] for _, s in found), strict=True))
@@ -73,13 +74,13 @@ class RaiseBlockWeights(Pass):
             convert_opset(model, opset)
             follow_opset(model)
             change = Change(detail={"converted_to_opset": opset})
-            found = list(self._find(model, change))
+            found = list(self._find(model, context, change))
         model.graph.ir_version = max(model.graph.ir_version or 0, ir_version)
         _Raising(model, change).replace(found)
         _drop_unused_imports(model)
         return change
 
-    def _find(self, model: Model, change: Change) -> Iterator[tuple[gs.Graph, StoredNode]]:
+    def _find(self, model: Model, context: Context, change: Change) -> Iterator[tuple[gs.Graph, StoredNode]]:
         domains = {ops.DOMAIN, ORT_DOMAIN} if self.runtime_operators else {ops.DOMAIN}
         if not any(node.domain in domains for graph in model.graphs() for node in graph.nodes):
             return
@@ -88,10 +89,16 @@ class RaiseBlockWeights(Pass):
         for graph in model.graphs():
             for node in graph.nodes:
                 stored, reason = read_stored(node) if node.domain in domains else (None, "")
-                if stored is not None:
+                if stored is not None and stored.is_sparse and _reads_sparse(context):
+                    change.skip(node.name or node.outputs[0].name, "it is stored sparse, as the target takes it")
+                elif stored is not None:
                     yield graph, stored
                 elif reason:
                     change.skip(node.name or node.outputs[0].name, reason)
+
+
+def _reads_sparse(context: Context) -> bool:
+    return context.target is not None and ops.DOMAIN in context.target.domains
 
 
 def _drop_unused_imports(model: Model) -> None:

@@ -15,6 +15,7 @@ from onnxslim_llm.errors import ModelError
 from onnxslim_llm.ir.ownership import is_overridable
 from onnxslim_llm.ir.weights import SparseWeight, Weight, weight_of
 from onnxslim_llm.passes.lower.operators.element_types import element_type
+from onnxslim_llm.passes.lower.stored.sparse_source import SparsePackedSource, packed_source
 from onnxslim_llm.passes.lower.stored.stored_job import StoredJob
 from onnxslim_llm.passes.lower.stored.stored_sources import NBitsSource, PackedSource, StoredSource
 from onnxslim_llm.rewrite.constants import constant_value
@@ -73,6 +74,11 @@ class StoredNode:
     def is_gather(self) -> bool:
         """Whether it looks up rows of a table."""
         return self.node.op in ("GatherPacked", "GatherBlockQuantized")
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether its weight is a bitmap and codes."""
+        return isinstance(self.sources[0], SparsePackedSource)
 
     @property
     def halves(self) -> int:
@@ -186,7 +192,7 @@ def _matmul_packed(node: gs.Node) -> StoredNode:
         raise _CannotError("an attribute has an unknown value")
     weight = _weight(inputs[1], "weight")
     halves = 2 if activation.endswith("_gate") else 1
-    sources = tuple(PackedSource(weight, half) for half in range(halves))
+    sources = tuple(packed_source(weight, half) for half in range(halves))
     if sources[0].packed_scheme.paired != (halves == 2):
         raise _CannotError("activation and weight do not agree on whether there is a gate")
     _check_sizes(node, sources[0])

@@ -20,7 +20,9 @@ from onnxslim_llm.ir.save import save_model
 from onnxslim_llm.ir.weights import SparseWeight, weight_of
 from onnxslim_llm.passes.prune.prune_weights import PruneWeights
 from onnxslim_llm.passes.prune.store_sparse import StoreSparse
+from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.pipeline import Pipeline
+from onnxslim_llm.targets import get_target
 
 K, N = 128, 96
 
@@ -158,3 +160,26 @@ def test_tables_that_are_looked_up_stay_dense() -> None:
 def test_narrow_codes_stay_dense() -> None:
     (record,) = Pipeline([StoreSparse()]).run(model_of(packed_product(0.9, bits=3)[0]))
     assert skipped(record) == {"B": "codes of 3 bits have no sparse form"}
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "portable"])
+def test_codes_with_a_bitmap_can_be_lowered_to_other_targets(target: str) -> None:
+    source, _ = packed_product(0.6)
+    feeds = {"x": weights(3, 5, K)}
+    results = []
+    for passes in ([], [StoreSparse()]):
+        model = model_of(source)
+        Pipeline(passes).run(model)
+        context = Context(target=get_target(target))
+        Pipeline(get_target(target).lowering).run(model, context)
+        results.append(run(model.to_proto(), feeds))
+    np.testing.assert_array_equal(*results)
+
+
+def test_another_compile_for_the_same_target_leaves_them_sparse() -> None:
+    model = model_of(packed_product(0.6)[0])
+    Pipeline([StoreSparse()]).run(model)
+    before = weight_of(model.graph.tensors()["B"]).view()
+    record, *_ = Pipeline("raise_block_weights").run(model, Context(target=get_target("ort-cpu-ops")))
+    assert [skip.reason for skip in record.skipped] == ["it is stored sparse, as the target takes it"]
+    np.testing.assert_array_equal(weight_of(model.graph.tensors()["B"]).view(), before)
