@@ -24,11 +24,20 @@ _LEFT_SHOWN = 6
 @click.argument("model", type=PATH)
 @click.option("--recipe", metavar="NAME|FILE.toml", help="Whose passes are tried. [default: as `compile`]")
 @click.option("--target", metavar="NAME", help="The target of that trial.")
+@click.option("--csr", type=PATH, metavar="DIR", help="Write matrices with half zeros or more for scipy, by rows.")
+@click.option("--csc", type=PATH, metavar="DIR", help="The same by columns.")
 @output_options
-def command(model: Path, recipe: str | None, target: str | None, output: Output) -> None:
+def command(
+    model: Path, recipe: str | None, target: str | None, csr: Path | None, csc: Path | None, output: Output
+) -> None:
     """Tell what is in MODEL: blocks, operators, weights by role and type, and what a recipe would change or not."""
     from onnxslim_llm import compiler
+    from onnxslim_llm.compiler.sparse_export import export_sparse
 
+    if csr is not None:
+        export_sparse(model, csr, "csr")
+    if csc is not None:
+        export_sparse(model, csc, "csc")
     given: dict[str, Any] = {} if target is None else {"target": target}
     found = compiler.inspect(model, recipe=recipe, **given)
     output.result(found.to_json(), *([] if output.json else _page(found, output.verbose)))
