@@ -75,13 +75,13 @@ SETTINGS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
 )  # fmt: skip
 #: Sizes that bits are shared out for, in bits per weight, by the target; graph and norms come on top.
 LADDER = {
-    "ort-cpu-ops": (2.75, 3, 3.25, 3.5, 3.75, 4, 4.25, 4.5, 4.75, 5, 5.5, 6, 6.5, 7, 7.5, 8, 8.3),
-    "ort-cpu": (4, 4.5, 5, 6, 8),
+    "ort-cpu-ops": (3, 3.5, 4, 4.2, 4.4, 4.6, 4.8, 5, 5.3, 5.6, 6, 6.4, 7, 7.5, 8.2, 8.6),
+    "ort-cpu": (4.4, 6),
 }
 #: The same without data.
-LADDER_WITHOUT_DATA = (4.5, 5, 6)
+LADDER_WITHOUT_DATA = (4.4, 5, 6)
 #: Encoders are measured at these sizes only.
-_ENCODER_SIZES = (4, 4.5, 6, 8)
+_ENCODER_SIZES = (4.4, 6, 8.2)
 
 
 def ours(extra: tuple[tuple[str, str, tuple[str, ...], str], ...] = ()) -> Iterator[Contestant]:
@@ -91,7 +91,7 @@ def ours(extra: tuple[tuple[str, str, tuple[str, ...], str], ...] = ()) -> Itera
         recipe = Recipe.load(name)
         if [step.name for step in recipe.build() if not step.lossless] != ["quantize_weights"]:
             continue
-        for target in ("portable", "ort-cpu", "ort-cpu-ops"):
+        for target in ("portable", "ort-cpu-ops"):
             make = partial(_compiled, name, (), target)
             yield Contestant("ours", f"{name} ({target})", make, f"{code} {recipe.digest()}", target)
     for label, preset, settings, target in (*SETTINGS, *extra):
