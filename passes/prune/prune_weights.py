@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import onnx_graphsurgeon as gs
 
 from onnxslim_llm.errors import UsageError
+from onnxslim_llm.gradients.source import StoredFigures
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.weights.jobs import derive
-from onnxslim_llm.passes.prune.allocation import Allocation, allocate
+from onnxslim_llm.passes.prune.allocation import Allocation, Candidate, allocate
 from onnxslim_llm.passes.prune.patterns import Pattern
-from onnxslim_llm.passes.prune.prune_job import PruneJob, Request
-from onnxslim_llm.passes.prune.scores import Method
+from onnxslim_llm.passes.prune.prune_job import Comparison, PruneJob, Request
+from onnxslim_llm.passes.prune.scores import FIGURES, Method
 from onnxslim_llm.products.reads import read_weight
 from onnxslim_llm.products.selection import compile_patterns, matching
 from onnxslim_llm.products.sites import WeightGroup, find_groups
@@ -50,11 +52,17 @@ class PruneWeights(Pass):
         pattern: "unstructured"; "2:4", "4:8", ...: so many of so many neighbours along K are kept; "16x1", "16x16",
             ...: blocks of so many rows of K and columns.
         method: "magnitude" needs no data; "wanda" weighs magnitudes by the inputs; "sparsegpt" also makes up for every
-            zero in the weights that come after it. A weight that no data reach is pruned by magnitude.
+            zero in the weights that come after it. "taylor" and "fisher" weigh them by gradients of the model's answer,
+            to first and second order, and need torch. A weight that no data reach is pruned by magnitude.
+        compare: Which weights compete for their places: those of a "column" of W[K, N], as Wanda's authors have it, or
+            those of the "matrix" (of a range of 512 columns). For patterns that are not "unstructured" it does not
+            matter.
         refit: Compute the kept weights' least-squares values, where that helps on held-out samples; needs data. By
             default it is done, but not with "magnitude".
         allocation: "uniform" prunes all weights alike; "outliers" takes less from those with more outliers (OWL, Yin et
-            al. 2023, arXiv 2310.05175).
+            al. 2023, arXiv 2310.05175); "sensitivity" takes less from those whose zeros cost the answer of the model
+            more, by the gradients of "taylor" and "fisher", or by measured errors (see target_bits of
+            quantize_weights).
         steps: Choose the zeros in so many steps and fit after each.
         error_limit: Stop a weight before its relative output error exceeds this; 0: never. Needs data.
         min_elements: Smaller weights are left alone.
@@ -69,6 +77,7 @@ class PruneWeights(Pass):
     sparsity: float = 0.5
     pattern: str = "unstructured"
     method: Method = "sparsegpt"
+    compare: Comparison = "matrix"
     refit: bool | None = None
     allocation: Allocation = "uniform"
     steps: int = 1
@@ -95,40 +104,52 @@ class PruneWeights(Pass):
         """Whether calibration data are needed."""
         return self.method != "magnitude" or self.allocation != "uniform" or bool(self.refit or self.error_limit)
 
+    @property
+    def wants_gains(self) -> bool:
+        """Whether the calibration must say what errors do to the model's answer."""
+        return self.allocation == "sensitivity" and self.method not in FIGURES
+
     def requires(self, model: Model, context: Context) -> None:
-        """Check that there are data where they are needed.
+        """Check that there are data where they are needed, and torch.
 
         Raises:
-            UsageError: There are none.
+            UsageError: There are no data.
+            ResourceError: There is no torch.
         """
         if self.wants_statistics:
             what = "these options need calibration data"
             context.need_statistics(what, self.name, "use method=magnitude alone")
+        if self.method in FIGURES:
+            if context.gradients is None:
+                what = f"method={self.method} needs the gradients of a compile"
+                raise UsageError(
+                    what, where=self.name, todo="run it with `onnxslim-llm compile`, or use method=sparsegpt"
+                )
+            import onnxslim_llm.gradients.backend  # noqa: F401  # says what to install
 
     def apply(self, model: Model, context: Context) -> Change:
         """Record the work; it is done at save."""
         change = Change()
         infer_shapes(model)
-        chosen = [(g, self._moments(g, context.statistics)) for g in self._choose(model, change)]
+        chosen = self._choose(model, change)
         if not chosen:
             return change
         pattern = Pattern.parse(self.pattern, self.name)
         overall = self.sparsity if pattern.sparsity is None else pattern.sparsity
-        shares = allocate(self.allocation, chosen, overall)
+        candidates = self._candidates(model, chosen, context, change)
+        shares = allocate(self.allocation, candidates, overall)
         refit = self.method != "magnitude" if self.refit is None else self.refit
         tensors = []
-        for (group, moments), sparsity in zip(chosen, shares, strict=True):
-            method = self.method if moments is not None else "magnitude"
-            if method != self.method:
-                change.skip(group.name, "no calibration data reach it: pruned by magnitude")
-            request = Request(sparsity, pattern, method, refit, self.steps, self.error_limit)
-            (pruned,) = derive(PruneJob(group.source, group.k_axis, request, group.name, moments))
+        for known, sparsity in zip(candidates, shares, strict=True):
+            group = known.group
+            request = Request(sparsity, pattern, known.method, self.compare, refit, self.steps, self.error_limit)
+            (pruned,) = derive(PruneJob(group.source, group.k_axis, request, group.name, known.moments, known.figures))
             for constant in _constants(group):
                 constant.values = pruned
             change.sites.append(group.name)
             tensors.append({"name": group.name, "shape": list(group.source.shape), "sparsity": round(sparsity, 4)})
-        size = sum(group.source.size for group, _ in chosen)
-        zeros = sum(group.source.size * share for (group, _), share in zip(chosen, shares, strict=True))
+        size = sum(group.source.size for group in chosen)
+        zeros = sum(group.source.size * share for group, share in zip(chosen, shares, strict=True))
         change.detail.update(sparsity=round(zeros / size, 4), pattern=self.pattern, tensors=tensors)
         return change
 
@@ -150,6 +171,27 @@ class PruneWeights(Pass):
             else:
                 chosen.append(group)
         return chosen
+
+    def _candidates(self, model: Model, chosen: list[WeightGroup], context: Context, change: Change) -> list[Candidate]:
+        """Return the weights with what is known about each.
+
+        Raises:
+            ModelError: An operator has no gradient.
+        """
+        statistics = context.statistics
+        figures: Mapping[str, StoredFigures] = {}
+        if self.method in FIGURES and context.gradients is not None:
+            figures = context.gradients.figures(model, [group.name for group in chosen], FIGURES[self.method])
+        found = []
+        for group in chosen:
+            moments = self._moments(group, statistics)
+            own = figures.get(group.name)
+            method = self.method if moments is not None or own is not None else "magnitude"
+            if method != self.method:
+                change.skip(group.name, "no calibration data reach it: pruned by magnitude")
+            gain = statistics.gains.get(statistics.origin_of(group.name)) if statistics is not None else None
+            found.append(Candidate(group, method, moments, own, None if gain is None else gain.per_square))
+        return found
 
     @staticmethod
     def _moments(group: WeightGroup, statistics: Statistics | None) -> StoredMoments | None:

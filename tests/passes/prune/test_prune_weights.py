@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from block_models import TIED, VOCAB, WIDTH, model_of, proto, weights
 
-from onnxslim_llm.errors import UsageError
+from onnxslim_llm.errors import ModelError, UsageError
+from onnxslim_llm.gradients.source import GradientSource
 from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.passes.prune.prune_weights import PruneWeights
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.pipeline import Pipeline
 from onnxslim_llm.stats.calibration import TensorCalibration
 from onnxslim_llm.stats.collect import collect
-from onnxslim_llm.stats.statistics import Statistics
+from onnxslim_llm.stats.statistics import Gain, Statistics
 
 K, N = 128, 96
 HEAD = "it is an embedding or makes the logits: every zero would show in every token"
@@ -49,9 +52,11 @@ def statistics(tmp_path: Path) -> Statistics:
     return collect(path, "m", data, tmp_path / "statistics")[0]
 
 
-def pruned(step: PruneWeights, statistics: Statistics | None = None) -> dict[str, np.ndarray]:
+def pruned(
+    step: PruneWeights, statistics: Statistics | None = None, gradients: GradientSource | None = None
+) -> dict[str, np.ndarray]:
     model = model_of(two())
-    Pipeline([step]).run(model, Context(statistics=statistics))
+    Pipeline([step]).run(model, Context(statistics=statistics, gradients=gradients))
     return {name: weight_of(tensor).load() for name, tensor in model.graph.tensors().items() if name in ("W", "V")}
 
 
@@ -80,7 +85,72 @@ def test_methods_that_know_more_lose_less_on_rows_never_seen(statistics: Statist
     plain = [error(method, refit=False) for method in ("magnitude", "wanda", "sparsegpt")]
     fitted = [error(method, refit=True) for method in ("magnitude", "wanda", "sparsegpt")]
     assert plain[0] > plain[1] > plain[2]
+    assert fitted[0] > fitted[1]
     assert all(f < p for f, p in zip(fitted, plain, strict=True))
+
+
+def test_weights_compete_within_the_matrix_or_as_wandas_authors_have_it_within_columns(statistics: Statistics) -> None:
+    by_column = pruned(PruneWeights(0.5, method="wanda", refit=False, compare="column"), statistics)["W"]
+    assert ((by_column == 0).sum(axis=0) == K // 2).all()
+    exact, mean_square = (
+        weights(0, K, N),
+        np.square(np.concatenate([rows(s) for s in range(10) if s % 5 != 1])).mean(axis=0),
+    )
+    assert ((exact == 0) <= (by_column == 0)).all()
+    scores = np.abs(exact) * np.sqrt(mean_square)[:, None]
+    for column in range(N):
+        kept = by_column[:, column] != 0
+        assert scores[kept, column].min() >= scores[~kept, column].max()
+    by_matrix = pruned(PruneWeights(0.5, method="wanda", refit=False), statistics)["W"]
+    assert scores[by_matrix != 0].min() >= scores[by_matrix == 0].max()
+    assert (by_matrix == 0).sum() == K * N // 2
+
+
+@pytest.fixture
+def gradients(tmp_path: Path) -> GradientSource:
+    pytest.importorskip("torch")
+    from onnxslim_llm.gradients.scorer import GradientScorer
+
+    return GradientScorer(lambda session: ({"x": rows(seed)} for seed in range(10)), tmp_path / "gradients", threads=1)
+
+
+@pytest.mark.parametrize(("method", "figure", "power"), [("taylor", "absolute", 1), ("fisher", "squared", 2)])
+def test_gradients_choose_the_zeros(
+    statistics: Statistics, gradients: GradientSource, method: Any, figure: Any, power: int
+) -> None:
+    figures = gradients.figures(model_of(two()), ["W", "V"], figure)
+    found = pruned(PruneWeights(0.5, method=method, refit=False), statistics, gradients)
+    for name, exact in (("W", weights(0, K, N)), ("V", weights(1, N, N) * np.float32(0.1))):
+        costs = np.abs(exact) ** power * figures[name].view()
+        kept = found[name] != 0
+        assert kept.sum() == kept.size // 2
+        assert costs[kept].min() >= costs[~kept].max() * (1 - 1e-5)  # the order of products that are rounded
+
+
+def test_costs_in_nats_share_out_the_zeros(statistics: Statistics, gradients: GradientSource) -> None:
+    for method in ("fisher", "wanda"):
+        known = replace(statistics, gains={"W": Gain(1.0, 1.0), "V": Gain(1e-4, 1.0)})
+        step = PruneWeights(0.5, method=method, allocation="sensitivity", refit=False)  # type: ignore[arg-type]
+        assert step.wants_gains == (method == "wanda")
+        found = pruned(step, known, gradients)
+        zeros = sum(int((w == 0).sum()) for w in found.values())
+        assert abs(zeros / sum(w.size for w in found.values()) - 0.5) <= 1 / N
+        if method == "wanda":  # zeros cost next to nothing in V
+            assert (found["V"] == 0).mean() > 0.6
+            assert (found["W"] == 0).mean() < 0.45
+
+
+def test_gradients_need_a_compile_and_a_rule_for_every_operator(
+    statistics: Statistics, gradients: GradientSource
+) -> None:
+    with pytest.raises(UsageError, match="method=fisher needs the gradients of a compile"):
+        pruned(PruneWeights(method="fisher"), statistics)
+    changed = model_of(two())
+    next(node for node in changed.graph.nodes if node.op == "Tanh").op = "Hardmax"
+    with pytest.raises(ModelError, match="Hardmax has no gradient here"):
+        Pipeline([PruneWeights(method="taylor")]).run(changed, Context(statistics=statistics, gradients=gradients))
+    (record,) = Pipeline([PruneWeights(method="wanda")]).run(changed, Context(statistics=statistics))
+    assert record.changed == 2
 
 
 def test_a_schedule_ends_at_the_same_sparsity(statistics: Statistics) -> None:

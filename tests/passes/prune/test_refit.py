@@ -45,8 +45,8 @@ def test_every_step_of_knowledge_lowers_the_error(rows: np.ndarray, weight: np.n
     gram = rows.T @ rows
     pattern = Pattern.parse(text, "")
     mean_square = np.diagonal(gram) / len(rows)
-    by_magnitude = pattern.kept(scores_of(weight, None), 0.5)
-    by_input = pattern.kept(scores_of(weight, mean_square), 0.5)
+    by_magnitude = pattern.kept(scores_of("magnitude", weight, None), 0.5)
+    by_input = pattern.kept(scores_of("wanda", weight, mean_square), 0.5)
     factor = inverse_factor(gram)
     assert factor is not None
     in_order, kept = prune_in_order(weight, factor, pattern, 0.5)
