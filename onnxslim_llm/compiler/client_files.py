@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx_graphsurgeon as gs
 
+from onnxslim_llm.compiler.config_file import changed_config
+from onnxslim_llm.errors import ModelError
 from onnxslim_llm.ir.model import Model, open_model
 from onnxslim_llm.runtime.genai_config import GENAI_CONFIG_NAME, make_genai_config
+from onnxslim_llm.runtime.sidefiles import read_json_object
 from onnxslim_llm.runtime.signature import DecoderSignature, find_decoder
 
 __all__ = ["write_client_files"]
+
+CONFIG_NAME = "config.json"
 
 #: Operators that write new keys and values into the buffer of the old ones: (domain, op) -> {past input: output}.
 _IN_PLACE = {("com.microsoft", "GroupQueryAttention"): {3: 1, 4: 2}}
 
 
-def write_client_files(artifact: Path, side_files: Path) -> tuple[list[str], list[str]]:
-    """Write genai_config.json beside the artifact's model if it is a causal decoder.
+def write_client_files(
+    artifact: Path, side_files: Path, changes: Sequence[Mapping[str, Any]] = ()
+) -> tuple[list[str], list[str]]:
+    """Write genai_config.json beside the artifact's model if it is a causal decoder, and config.json if it changes.
 
     Args:
         artifact: The artifact's .onnx file.
         side_files: Folder of the source, with its configuration.
+        changes: What `config_changes` returns.
 
     Returns:
         Names of the files written, and remarks: why one was not.
@@ -30,17 +40,31 @@ def write_client_files(artifact: Path, side_files: Path) -> tuple[list[str], lis
     Raises:
         OSError: It cannot be written.
     """
+    try:
+        config = read_json_object(side_files / CONFIG_NAME) if changes else {}
+    except ModelError as error:
+        return [], [f"{CONFIG_NAME} is not changed: {error.what}"]
+    written = []
+    config = changed_config(config, changes)
+    if config:
+        _write(artifact.parent / CONFIG_NAME, config)
+        written.append(CONFIG_NAME)
     model = open_model(artifact)
     signature, _ = find_decoder(model.to_proto("omit"))
     if signature is None:
-        return [], []
+        return written, []
     in_place = bool(signature.caches) and _is_in_place(model, signature)
-    content, notes = make_genai_config(signature, side_files, filename=artifact.name, in_place=in_place)
+    content, notes = make_genai_config(
+        signature, side_files, filename=artifact.name, in_place=in_place, config=config or None
+    )
     if content is None:
-        return [], notes
-    text = json.dumps(content, indent=2) + "\n"
-    (artifact.parent / GENAI_CONFIG_NAME).write_text(text, encoding="utf-8")
-    return [GENAI_CONFIG_NAME], notes
+        return written, notes
+    _write(artifact.parent / GENAI_CONFIG_NAME, content)
+    return [*written, GENAI_CONFIG_NAME], notes
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _is_in_place(model: Model, signature: DecoderSignature) -> bool:

@@ -18,11 +18,11 @@ import onnx_graphsurgeon as gs
 
 from onnxslim_llm.concepts.attention import attention_form, is_attention
 from onnxslim_llm.ir.roles import constant_roles
+from onnxslim_llm.ir.shapes import shape_of
 from onnxslim_llm.ir.topology import digraph
 from onnxslim_llm.products.attention import is_core
 from onnxslim_llm.products.caches import Cache, find_cache
 from onnxslim_llm.rewrite.constants import constant_tensor
-from onnxslim_llm.rewrite.facts import same_shape
 from onnxslim_llm.rewrite.schema import normal_domain
 
 if TYPE_CHECKING:
@@ -222,8 +222,13 @@ class _Search:
         return self._caches(block) or self._leaks(block, inner, last) or block
 
     def _same(self, steps: Sequence[_Step]) -> bool:
+        """Return whether the ends have the same type and axes; sizes that additions keep need not be known."""
         before, after = self.nodes[steps[0].first].outputs[0], self.nodes[steps[-1].last].outputs[0]
-        return same_shape(before, after) and before.dtype == after.dtype
+        shapes = (shape_of(before), shape_of(after))
+        if shapes[0] is None or shapes[1] is None or len(shapes[0]) != len(shapes[1]) or before.dtype != after.dtype:
+            return False
+        sizes = [(a, b) for a, b in zip(*shapes, strict=True) if isinstance(a, int) and isinstance(b, int)]
+        return isinstance(shapes[0][-1], int) and shapes[0][-1] == shapes[1][-1] and all(a == b for a, b in sizes)
 
     def _caches(self, block: ResidualBlock) -> str:
         """Fill in the caches; return why they cannot go."""

@@ -38,7 +38,12 @@ class _RefusalError(Exception):
 
 
 def make_genai_config(
-    signature: DecoderSignature, folder: Path, *, filename: str, in_place: bool
+    signature: DecoderSignature,
+    folder: Path,
+    *,
+    filename: str,
+    in_place: bool,
+    config: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Return the content of genai_config.json, and remarks; None with the reason if genai cannot run the model.
 
@@ -49,10 +54,11 @@ def make_genai_config(
         folder: Where config.json, generation_config.json and the like are, if there are any.
         filename: The model's file, relative to genai_config.json.
         in_place: The graph writes new keys and values into the buffers of the old ones.
+        config: Instead of config.json in `folder`.
     """
     try:
         given = read_json_object(folder / GENAI_CONFIG_NAME)
-        config = read_json_object(folder / "config.json")
+        config = read_json_object(folder / "config.json") if config is None else config
         generation = read_json_object(folder / "generation_config.json")
         side = SideFiles.of(folder)
     except ModelError as error:

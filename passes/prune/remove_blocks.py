@@ -14,6 +14,7 @@ from onnxslim_llm.ir.topology import sort_nodes
 from onnxslim_llm.ir.weights import ArrayWeight
 from onnxslim_llm.passes.prune.block_scores import StreamChanges, StreamFit
 from onnxslim_llm.passes.prune.cut_blocks import cut_blocks
+from onnxslim_llm.products.attention import is_core
 from onnxslim_llm.products.blocks import ResidualBlock, find_blocks
 from onnxslim_llm.products.owned_weights import Constants, Product
 from onnxslim_llm.products.writers import writer_of
@@ -88,8 +89,8 @@ class RemoveBlocks(Pass):
             UsageError: There are not so many blocks.
         """
         change = Change()
-        infer_shapes(model)
         sort_nodes(model.graph)
+        infer_shapes(model)
         found = find_blocks(model, change)
         if not found:
             return change
@@ -98,12 +99,13 @@ class RemoveBlocks(Pass):
         gone = sorted(self.blocks or sorted(range(len(found)), key=scores.__getitem__)[: self.count])
         gaps = [[found[i] for i in run] for run in _runs(gone)]
         fitted = self._fit(model, context, gaps, change) if self.refit else []
-        total = len(found)
+        attentions = [node for node in model.graph.nodes if is_core(node)]
+        layers = [next(n for n, node in enumerate(attentions) if node is found[i].attention) for i in gone]
         cut_blocks(model, context, gaps)
         change.sites += [found[i].name for i in gone]
         change.detail.update(
-            blocks={"before": total, "gone": gone, "scores": [round(score, 6) for score in scores]},
-            config={"num_hidden_layers": total - len(gone)},
+            blocks={"before": len(found), "gone": gone, "scores": [round(score, 6) for score in scores]},
+            config={"num_hidden_layers": len(attentions) - len(gone), "layers_gone": layers},
             fitted=fitted,
         )
         infer_shapes(model)
