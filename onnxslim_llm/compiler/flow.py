@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from onnxslim_llm import __version__
+
+from threadpoolctl import threadpool_limits
+
 from onnxslim_llm.artifact.environment import usable_cpus
 from onnxslim_llm.artifact.hashing import BackgroundHasher
 from onnxslim_llm.artifact.journal import compile_identity
@@ -21,6 +24,7 @@ from onnxslim_llm.compiler.account import Account, make_manifest
 from onnxslim_llm.compiler.bundle import bundle_operators, check_library
 from onnxslim_llm.compiler.calibration import SELF, Calibrator
 from onnxslim_llm.compiler.client_files import write_client_files
+from onnxslim_llm.compiler.config_file import config_changes
 from onnxslim_llm.compiler.defaults import default_output, default_recipe, rounds_activations
 from onnxslim_llm.compiler.fixed_source import FixedSource, Shapes
 from onnxslim_llm.compiler.graphs import MODEL_NAME, GraphPlan, GraphShape, parse_graphs, shapes_of
@@ -137,6 +141,7 @@ def compile(  # noqa: A001
     with (
         Staging(Path(out) if out else default_output(path), source=path, force=force) as staging,
         BackgroundHasher() as hasher,
+        threadpool_limits(limits=account.threads, user_api="blas"),
     ):
         progress.stage("open")
         model = open_model(path)
@@ -192,7 +197,8 @@ def compile(  # noqa: A001
         for plan in plans:
             if plan.fixed is not None:
                 plan.fixed.discard()
-        written, remarks = write_client_files(staging.directory / MODEL_NAME, path.parent)
+        changes = config_changes(account.passes)
+        written, remarks = write_client_files(staging.directory / MODEL_NAME, path.parent, changes)
         carried, notes = carry_side_files(path.parent, staging.directory, only_known=not folder)
         bundled, needs = bundle_operators(staging.directory / MODEL_NAME, bundle_ops)
         told = [note for plan in plans for note in (*plan.judge.notes, *plan.calibrator.notes)]
