@@ -10,10 +10,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, get_args
 
-from onnxslim_llm import __version__
-
 from threadpoolctl import threadpool_limits
 
+from onnxslim_llm import __version__
 from onnxslim_llm.artifact.environment import usable_cpus
 from onnxslim_llm.artifact.hashing import BackgroundHasher
 from onnxslim_llm.artifact.journal import compile_identity

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from google.protobuf.message import EncodeError
 from onnx import TensorProto
+from threadpoolctl import threadpool_limits
 
 from onnxslim_llm.errors import ModelError, ResourceError, UsageError
 from onnxslim_llm.ir.model import INLINE_LIMIT, Model
@@ -259,6 +260,7 @@ def _run(
     limit = options.memory_limit
     stop = Event()
     pool = ThreadPoolExecutor(max_workers=options.jobs, thread_name_prefix="save")
+    one_each = threadpool_limits(limits=1, user_api="blas")  # matrix products would take all cores for every piece
     try:
         if progress is not None:
             progress(done, total)
@@ -288,6 +290,7 @@ def _run(
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
+        one_each.restore_original_limits()
 
 
 def _check_memory(units: list[Unit], limit: int | None) -> None:
