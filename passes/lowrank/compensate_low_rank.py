@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["CompensateLowRank"]
 
 _FLOAT16 = 10  # TensorProto.FLOAT16
-#: About what the nodes and tensors of one layer's products take in the file, beside codes and scales.
-_GRAPH_BYTES = 1000
+#: About what the nodes, tensors and alignment of one layer's products take in the files, beside codes and scales.
+_GRAPH_BYTES = 2000
 #: Ranks that a layer may get: the first directions matter most.
 _STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _TINY = 1e-30

@@ -63,7 +63,7 @@ def test_a_quarter_of_the_error_goes_on_rows_that_were_never_seen(statistics: St
     assert record.changed == 1
     assert _error(better) < 0.75 * _error(plain)
     entry = record.detail["layers"][0]
-    assert 0 <= entry["bytes"] - (4 * (K + N) + 2 * 8 * 4) <= 2000  # the rest is the graph's
+    assert 0 <= entry["bytes"] - (4 * (K + N) + 2 * 8 * 4) <= 2100  # the rest is the graph's
     assert entry["error_ratio"] < 0.75
 
 
@@ -96,7 +96,7 @@ def test_eight_bits_leave_less_than_four(statistics: Statistics) -> None:
     assert found[8][1] - found[4][1] == 4 * (K + N)
 
 
-@pytest.mark.parametrize("budget", [0.1, 0.3])
+@pytest.mark.parametrize("budget", [0.4, 0.8])
 def test_a_budget_bounds_the_bytes(statistics: Statistics, budget: float) -> None:
     plain, _ = _compiled("quantize_weights{bits=4, method=rtn}", statistics)
     better, record = _compiled(
@@ -105,7 +105,7 @@ def test_a_budget_bounds_the_bytes(statistics: Statistics, budget: float) -> Non
     sizes = [len(proto.SerializeToString()) for proto in (plain, better)]
     (layer,) = record.detail["layers"]
     assert layer["bytes"] <= budget * sizes[0]
-    assert sizes[1] - sizes[0] <= layer["bytes"] * 1.1
+    assert sizes[1] - sizes[0] <= layer["bytes"]
     assert _error(better) < _error(plain)
 
 
