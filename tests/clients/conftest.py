@@ -29,6 +29,10 @@ class Artifact:
 
 
 Compiled = Callable[..., Artifact]
+Smaller = Callable[[list[str], str], Artifact]
+
+#: Characters of the calibration text: enough to choose heads and blocks by, and quick.
+CALIBRATION = 12_000
 
 
 @pytest.fixture(scope="session")
@@ -46,5 +50,19 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
             prompt = np.random.default_rng(11).integers(5, min(runner.vocab, 250), 9).tolist()
             known[key] = Artifact(folder, prompt, list(generate(runner, prompt, max_new_tokens=NEW_TOKENS)))
         return known[key]
+
+    return make
+
+
+@pytest.fixture
+def smaller(compiled: Compiled, sample_dir: Path, tmp_path: Path) -> Smaller:
+    """Compile the sample model with passes behind those of the recipe "safe"."""
+
+    def make(passes: list[str], target: str) -> Artifact:
+        steps = "".join(f'[[passes]]\nname = "{name}"\n' for name in passes)
+        recipe, text = tmp_path / "smaller.toml", tmp_path / "calib.txt"
+        recipe.write_text(f'extends = "safe"\ngates = "int4"\n{steps}')
+        text.write_text((sample_dir / "calib.txt").read_text(encoding="utf-8")[:CALIBRATION], encoding="utf-8")
+        return compiled(sample_dir, target, str(recipe), calib=text)
 
     return make

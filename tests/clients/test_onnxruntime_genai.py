@@ -14,7 +14,7 @@ from onnxslim_llm.runtime.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from clients.conftest import Artifact, Compiled
+    from clients.conftest import Artifact, Compiled, Smaller
 
 og = pytest.importorskip("onnxruntime_genai", reason="pip install 'onnxslim-llm[genai]'")
 
@@ -65,6 +65,26 @@ def test_one_buffer_for_past_and_present(compiled: Compiled) -> None:
     artifact = compiled(model_path("llama", "optimum").parent, "ort-cpu", "safe", kv_cache="shared")
     config = json.loads((artifact.folder / "genai_config.json").read_text())
     assert config["search"]["past_present_share_buffer"] is True
+    assert written(artifact) == artifact.expected
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        pytest.param(["prune_heads"], marks=pytest.mark.slow),
+        pytest.param(["remove_blocks"], marks=pytest.mark.slow),
+        ["remove_blocks", "prune_heads", "prune_neurons", "quantize_weights"],
+    ],
+)
+def test_smaller_models(smaller: Smaller, passes: list[str]) -> None:
+    """Fewer heads and layers: genai is told, makes caches for them, and writes what we write."""
+    artifact = smaller(passes, "ort-cpu")
+    decoder = json.loads((artifact.folder / "genai_config.json").read_text())["model"]["decoder"]
+    config = json.loads((artifact.folder / "config.json").read_text())
+    layers, heads = 4 if "remove_blocks" in passes else 5, 6 if "prune_heads" in passes else 8
+    assert (decoder["num_hidden_layers"], decoder["num_attention_heads"]) == (layers, heads)
+    assert (decoder["num_key_value_heads"], decoder["head_size"]) == (heads // 2, 32)
+    assert (config["num_hidden_layers"], config["num_attention_heads"]) == (layers, heads)
     assert written(artifact) == artifact.expected
 
 

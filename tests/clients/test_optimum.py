@@ -10,7 +10,7 @@ from zoo.access import model_path
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from clients.conftest import Artifact, Compiled
+    from clients.conftest import Artifact, Compiled, Smaller
 
 torch = pytest.importorskip("torch", reason="pip install 'onnxslim-llm[hf]'")
 pytest.importorskip("optimum.onnxruntime", reason="pip install 'onnxslim-llm[hf]'")
@@ -39,4 +39,11 @@ def test_the_sample_model(compiled: Compiled, sample_dir: Path, recipe: str) -> 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
 def test_exports_of_optimum(compiled: Compiled, name: str) -> None:
     artifact = compiled(model_path(name, "optimum").parent, "ort-cpu", "safe")
+    assert written(artifact) == artifact.expected
+
+
+@pytest.mark.slow
+def test_a_model_with_fewer_layers(smaller: Smaller) -> None:
+    """Not with fewer heads: optimum-onnx 0.1 takes hidden_size / heads for the size of a head."""
+    artifact = smaller(["remove_blocks"], "ort-cpu")
     assert written(artifact) == artifact.expected
