@@ -150,8 +150,11 @@ class Calibrator:
         """Remove what was stored: the weights are written."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def tokens(self) -> np.ndarray[tuple[int], np.dtype[np.int64]] | None:
+    def tokens(self, limit: int | None = TOKENS) -> np.ndarray[tuple[int], np.dtype[np.int64]] | None:
         """Return the tokens of the user's text; None if there is none.
+
+        Args:
+            limit: Read no more files or lines once there are so many; None: read everything.
 
         Raises:
             UsageError: It cannot be read.
@@ -159,7 +162,23 @@ class Calibrator:
         if self.data is None or str(self.data) == SELF or not self.data.exists():
             return None
         files = self._files()
-        return None if any(file.suffix in _ARRAYS for file in files) else self._read(files)
+        return None if any(file.suffix in _ARRAYS for file in files) else self._read(files, limit)
+
+    def array_input(self, name: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Return all values of one input in the user's .npz files, flat.
+
+        Raises:
+            UsageError: They cannot be read, or a file lacks the input.
+        """
+        found = [np.zeros(0, np.int64)]
+        for file in (f for f in self._files() if f.suffix in _ARRAYS):
+            try:
+                stored = np.load(file)
+                values = stored[name] if file.suffix == ".npz" else stored
+            except (OSError, ValueError, KeyError) as error:
+                raise UsageError(f"the input '{name}' cannot be read: {error}", where=str(file)) from error
+            found.append(np.asarray(values, np.int64).reshape(-1))
+        return np.concatenate(found)
 
     def stub(self) -> onnx.ModelProto:
         """Return the source without its weights."""
@@ -232,7 +251,7 @@ class Calibrator:
         assert self.data is not None
         return sorted(self.data.iterdir()) if self.data.is_dir() else [self.data]
 
-    def _read(self, files: list[Path]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def _read(self, files: list[Path], limit: int | None = TOKENS) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         tokenizer = None
         found: list[int] = []
         for file in (f for f in files if f.suffix in (".txt", ".jsonl") or len(files) == 1):
@@ -241,7 +260,7 @@ class Calibrator:
                     tokenizer = tokenizer or load_tokenizer(self.source.parent)
                     piece = tokenizer.encode(piece)
                 found += piece
-                if len(found) >= TOKENS:
+                if limit is not None and len(found) >= limit:
                     break
         return np.asarray(found, np.int64)
 

@@ -160,6 +160,8 @@ def _is_light(node: gs.Node) -> bool:
     """Whether the node leaves its input what it was; an Add of two activations is a residual."""
     if node.op in ("Add", "Sub", "Mul", "Div"):
         return any(isinstance(tensor, gs.Constant) for tensor in node.inputs)
+    if node.op == "Gather":  # puts logits into other places
+        return isinstance(node.inputs[1], gs.Constant)
     return bool(node.op in _LIGHT)
 
 

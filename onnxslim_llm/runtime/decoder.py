@@ -222,7 +222,7 @@ class DecoderRunner:
                 f"'{self.signature.logits}' has the shape {list(logits.shape)} for token ids {list(ids.shape)}",
                 where=self.session.where,
             )
-        return logits
+        return logits if self.signature.kept is None else self.signature.kept.spread(logits)
 
     def _empty_caches(self, batch: int, length: int = 0) -> dict[str, Any]:
         """Caches without tokens; buffers that are extended in place need room for `length` of them."""

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 
 from onnxslim_llm.errors import ModelError
+from onnxslim_llm.ir.kept_tokens import KeptTokens
 from onnxslim_llm.ir.metadata import IN_PLACE_CACHE
 from onnxslim_llm.runtime.head_size import declared_head_size
 from onnxslim_llm.runtime.session import Dim, Session, TensorInfo, inputs_of, outputs_of
@@ -86,6 +87,7 @@ class DecoderSignature:
         logits: output [B, S, V], or [B, 1, V] / [B, V] of the last token only if `last_token_only`.
         vocab: size of the vocabulary, None if the graph does not say it.
         in_place: a cache input and the output that continues it are one buffer, longer than what it holds.
+        kept: the tokens of the vocabulary that the model still knows, None if that is all of them.
         batch, length: fixed batch size or number of tokens of a run, None if free.
     """
 
@@ -102,6 +104,7 @@ class DecoderSignature:
     vocab: int | None = None
     last_token_only: bool = False
     in_place: bool = False
+    kept: KeptTokens | None = None
     batch: int | None = None
     length: int | None = None
 
@@ -132,7 +135,10 @@ def find_decoder(model: Session | onnx.ModelProto) -> tuple[DecoderSignature | N
     try:
         head_size = declared_head_size(model.where) if isinstance(model, Session) else None
         signature = _match(inputs_of(model), outputs_of(model), head_size)
-        return replace(signature, in_place=IN_PLACE_CACHE in _metadata(model)), ""
+        metadata = _metadata(model)
+        kept = KeptTokens.from_metadata(metadata)
+        vocab = signature.vocab if kept is None else kept.vocabulary
+        return replace(signature, in_place=IN_PLACE_CACHE in metadata, kept=kept, vocab=vocab), ""
     except _RefusalError as refusal:
         return None, str(refusal)
 

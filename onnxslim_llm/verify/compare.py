@@ -16,6 +16,7 @@ from onnxslim_llm.verify.figures import ErrorFigures, ErrorSums, LogitSums
 from onnxslim_llm.verify.gates import Precision, lossless_limit
 from onnxslim_llm.verify.greedy import GreedyMatch, greedy_match
 from onnxslim_llm.verify.inputs import Plan
+from onnxslim_llm.verify.vocabulary import CommonTokens
 
 __all__ = ["Comparison", "compare"]
 
@@ -126,13 +127,14 @@ def compare(
             f"the artifact has a vocabulary of {theirs.vocab}, the source of {ours.vocab}", where=artifact.where
         )
     collector, used, skipped = _Collector(), list[str](), list(plan.skipped)
-    name = ours.signature.logits
+    name, common = ours.signature.logits, CommonTokens.of(ours, theirs)
     cases = [case for case in plan.cases if isinstance(case, DecoderCase)]
     done, steps = 0, sum(len(case.pieces) for case in cases) + (plan.greedy_tokens if plan.prompts is not None else 0)
     for case in cases:
         before = collector.total.source_nan
         try:
-            for expected, got in _decoder_pairs(ours, theirs, case):
+            for whole, other in _decoder_pairs(ours, theirs, case, common):
+                expected, got = common.logits(whole), common.logits(other)
                 collector.add(name, expected, got)
                 collector.logits.add(expected, got)
                 done += 1
@@ -156,7 +158,7 @@ def compare(
         greedy = greedy_match(
             ours,
             theirs,
-            plan.prompts,
+            common.fed(plan.prompts),
             plan.greedy_tokens,
             tie_margin=tie,
             progress=lambda made: tell(min(done + made, steps), steps),
@@ -188,11 +190,14 @@ class _SourceFailsError(Exception):
     """Why the source cannot run a case (operators that refuse batches of chunks, say); never leaves this file."""
 
 
-def _decoder_pairs(ours: DecoderRunner, theirs: DecoderRunner, case: DecoderCase) -> Iterator[tuple[Array, Array]]:
+def _decoder_pairs(
+    ours: DecoderRunner, theirs: DecoderRunner, case: DecoderCase, common: CommonTokens
+) -> Iterator[tuple[Array, Array]]:
     """Logits [n, V] of both models at the real tokens of every piece."""
     mine: DecoderState | None = None
     other: DecoderState | None = None
-    for ids, mask in case.pieces:
+    for whole, mask in case.pieces:
+        ids = common.fed(whole)
         try:
             expected, mine = ours.prefill(ids, mine, mask)
         except ModelError as error:

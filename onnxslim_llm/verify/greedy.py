@@ -11,6 +11,7 @@ import numpy as np
 from onnxslim_llm.errors import ModelError
 from onnxslim_llm.runtime.session import Array
 from onnxslim_llm.verify.predictor import Predictor
+from onnxslim_llm.verify.vocabulary import CommonTokens
 
 __all__ = ["GreedyMatch", "greedy_match"]
 
@@ -81,7 +82,7 @@ def _group(
 ) -> tuple[list[int | None], int]:
     """As `greedy_match` for one batch, of which the first `real` rows count."""
     first: list[int | None] = [None] * real
-    ties, rows = 0, np.arange(real)
+    ties, rows, common = 0, np.arange(real), CommonTokens.of(source, artifact)
     mine: Any = None
     theirs: Any = None
     for step in range(tokens):
@@ -91,6 +92,7 @@ def _group(
         got = others[:, -1].astype(np.float64)
         if not np.isfinite(expected).all():
             raise ModelError("the source's logits are not finite", where=source.signature.logits)
+        expected = common.without_others(expected)
         choice, other = expected.argmax(axis=1), np.where(np.isfinite(got), got, -np.inf).argmax(axis=1)
         margin = expected[rows, choice[:real]] - expected[rows, other[:real]]
         differs = (choice[:real] != other[:real]) | ~np.isfinite(got[:real]).all(axis=1)

@@ -27,6 +27,7 @@ from onnxslim_llm.verify.figures import kl_divergence, log_softmax
 from onnxslim_llm.verify.greedy import GreedyMatch, greedy_match
 from onnxslim_llm.verify.predictor import Predictor
 from onnxslim_llm.verify.text import Encoder, read_tokens
+from onnxslim_llm.verify.vocabulary import CommonTokens
 
 __all__ = ["Difference", "Quality", "evaluate", "evaluate_tokens"]
 
@@ -67,6 +68,8 @@ class Quality:
         ppl: exp(mean negative log likelihood).
         bits_per_byte: of the text in UTF-8, so it compares across tokenizers; None if only tokens were given.
         difference: next to the source, if there is one.
+        left_out: tokens that the model does not know any more. They count nowhere: all figures are of the others, with
+            both models' probabilities renormalised over them.
     """
 
     tokens: int
@@ -78,6 +81,7 @@ class Quality:
     bits_per_byte: float | None
     seconds: float
     difference: Difference | None = None
+    left_out: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The manifest's `quality` object."""
@@ -91,6 +95,8 @@ class Quality:
             "bits_per_byte": self.bits_per_byte,
             "seconds": self.seconds,
         }
+        if self.left_out:
+            result["tokens_left_out"] = self.left_out
         if self.difference is not None:
             other = self.difference
             result |= {
@@ -175,11 +181,16 @@ def evaluate_tokens(
     stride = max(1, window // 2) if stride is None else stride
     if window < 2 or not 1 <= stride <= window:
         raise UsageError(f"window {window} and stride {stride}: the window needs 2 tokens, the stride 1 to the window")
-    sums = _Sums()
+    sums, common, left_out = _Sums(), CommonTokens.of(source, runner), 0
     for done, expected, targets, logits in _predictions(runner, source, ids, window, stride):
-        sums.add(logits, expected, targets)
+        known, (mine, theirs) = common.predicted(targets, logits, expected)
+        left_out += len(targets) - len(known)
+        if mine is not None and len(known):
+            sums.add(mine, theirs, known)
         if progress:
             progress(done, len(ids))
+    if not sums.tokens:
+        raise UsageError("the model has left out every token of the text", where=runner.where)
     difference = None
     if source is not None:
         difference = sums.difference(_greedy(source, runner, ids) if greedy else None)
@@ -190,9 +201,10 @@ def evaluate_tokens(
         window=window,
         stride=stride,
         ppl=math.exp(sums.nll),
-        bits_per_byte=None if size is None else sums.nll / math.log(2) * len(ids) / max(1, size),
+        bits_per_byte=None if size is None or left_out else sums.nll / math.log(2) * len(ids) / max(1, size),
         seconds=time.perf_counter() - start,
         difference=difference,
+        left_out=left_out,
     )
 
 
