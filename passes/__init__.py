@@ -50,6 +50,7 @@ from onnxslim_llm.passes.lowrank.split_low_rank import SplitLowRank
 from onnxslim_llm.passes.prune.fold_constant_neurons import FoldConstantNeurons
 from onnxslim_llm.passes.prune.prune_heads import PruneHeads
 from onnxslim_llm.passes.prune.prune_neurons import PruneNeurons
+from onnxslim_llm.passes.prune.prune_vocabulary import PruneVocabulary
 from onnxslim_llm.passes.prune.prune_weights import PruneWeights
 from onnxslim_llm.passes.prune.remove_blocks import RemoveBlocks
 from onnxslim_llm.passes.prune.store_sparse import StoreSparse
@@ -61,6 +62,7 @@ from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.passes.quantize.rotate_residual import RotateResidual
 from onnxslim_llm.passes.quantize.scale_channels import ScaleChannels
 from onnxslim_llm.passes.quantize.smooth_activations import SmoothActivations
+from onnxslim_llm.passes.quantize.tune_codes import TuneCodes
 from onnxslim_llm.rewrite.passes import Pass
 
 __all__ = ["PASSES"]
@@ -94,6 +96,7 @@ PASSES: tuple[type[Pass], ...] = (
     RotateResidual,
     RemoveBlocks,
     PruneHeads,
+    PruneVocabulary,
     FoldConstantNeurons,
     PruneNeurons,
     PruneWeights,
@@ -104,6 +107,7 @@ PASSES: tuple[type[Pass], ...] = (
     QuantizeWeights,
     CompensateLowRank,
     CorrectBiases,
+    TuneCodes,
     PackProjections,
     RaiseBlockWeights,
     FixShapes,

@@ -13,8 +13,9 @@ from onnxslim_llm.compiler.fusion import FusionCensus
 from onnxslim_llm.compiler.graphs import GraphPlan
 from onnxslim_llm.compiler.legality import check_legal
 from onnxslim_llm.compiler.nonfinite import NonFinite, nonfinite_weights
-from onnxslim_llm.compiler.observation import make_gradient_source, make_observer
+from onnxslim_llm.compiler.observation import make_gradient_source, make_observer, make_tuner
 from onnxslim_llm.compiler.progress import Progress
+from onnxslim_llm.compiler.text_tokens import TextTokens
 from onnxslim_llm.compiler.verification import may_roll_back
 from onnxslim_llm.errors import CompilerBug, ModelError
 from onnxslim_llm.ir.model import Model, open_model
@@ -118,7 +119,9 @@ class Job:
             cache_ranges=first.calibrator.cache_ranges_wanted_by(active),
             observer=make_observer(graph.calibrator),
             gradients=make_gradient_source(graph.calibrator),
+            tuner=make_tuner(graph.calibrator),
             shared_ranges=shared,
+            tokens=TextTokens(first.calibrator),
         )
         stage = "passes" if len(self.graphs) == 1 else f"passes ({graph.shape.name})"
         self.progress.stage(stage, len(active), "passes")

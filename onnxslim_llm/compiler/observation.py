@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 from onnxslim_llm.compiler.calibration import Calibrator, written_by
 from onnxslim_llm.errors import UsageError
 from onnxslim_llm.gradients.scorer import GradientScorer
+from onnxslim_llm.gradients.tuner import LogitTuner
 from onnxslim_llm.stats.calibration import Calibration, Feeds, TensorCalibration, TokenCalibration
 from onnxslim_llm.stats.observe import GraphObserver, Observer
 
 if TYPE_CHECKING:
     from onnxslim_llm.gradients.source import GradientSource
+    from onnxslim_llm.gradients.tuning import CodeTuner
     from onnxslim_llm.runtime.session import Session
 
-__all__ = ["SampleSource", "make_gradient_source", "make_observer"]
+__all__ = ["SampleSource", "make_gradient_source", "make_observer", "make_tuner"]
 
 #: Without data a decoder writes so many tokens at a time, in rows of its own: enough to see the usual ranges.
 _MADE_UP_WINDOW = 64
@@ -45,6 +47,18 @@ def make_gradient_source(calibrator: Calibrator) -> GradientSource:
         calibrator.folder / "gradients",
         threads=calibrator.threads,
         progress=lambda done, total: calibrator.progress.advance(done, f"{done} of {total}"),
+    )
+
+
+def make_tuner(calibrator: Calibrator) -> CodeTuner | None:
+    """Return what passes tune coded weights with; None where there are no calibration data. Torch is loaded then."""
+    if calibrator.data is None:
+        return None
+    return LogitTuner(
+        calibrator.source,
+        SampleSource(calibrator, "tune codes").tokens,
+        threads=calibrator.threads,
+        progress=lambda done, total, text: calibrator.progress.advance(done, f"{text} (of {total} steps)"),
     )
 
 
@@ -74,6 +88,17 @@ class SampleSource:
             yield from _token_feeds(session, self._data)
         else:
             yield from self._data.feeds()
+
+    def tokens(self) -> NDArray[np.int64] | None:
+        """Return the calibration tokens [n]; None where the data are arrays.
+
+        Raises:
+            UsageError: The data do not fit the model.
+        """
+        if self._data is None:
+            self.calibrator.progress.stage(self.stage, None, "steps")
+            self._data = self._read()
+        return self._data.tokens if isinstance(self._data, TokenCalibration) else None
 
     def _read(self) -> Calibration:
         from onnxslim_llm.runtime.session import open_session

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from onnxslim_llm.artifact.manifest import Gate as GateEntry
 from onnxslim_llm.artifact.manifest import LayerError, Quality, Verify
 from onnxslim_llm.compiler.calibration import Calibrator
-from onnxslim_llm.compiler.observation import make_gradient_source, make_observer
+from onnxslim_llm.compiler.observation import make_gradient_source, make_observer, make_tuner
 from onnxslim_llm.compiler.progress import Progress
+from onnxslim_llm.compiler.text_tokens import TextTokens
 from onnxslim_llm.errors import ModelError, SlimError, UsageError
 from onnxslim_llm.ir.model import Model, open_model
 from onnxslim_llm.recipe import Recipe
@@ -171,6 +172,8 @@ class Judge:
                 cache_ranges=self._calibrator.cache_ranges_wanted_by(first),
                 observer=make_observer(self._calibrator),
                 gradients=make_gradient_source(self._calibrator),
+                tuner=make_tuner(self._calibrator),
+                tokens=TextTokens(self._calibrator),
             )
             Pipeline(first).run(model, context)
             try:
@@ -203,7 +206,7 @@ class Judge:
     def _not_running(self, model: Model) -> str:
         """Return why a model does not run like a model of its kind, or nothing."""
         try:
-            return "" if self._check_in_memory(model, "none") else "the model gives no finite results after it"
+            return "" if self._check_in_memory(model, "none") else "the model does not run after it"
         except SlimError as error:
             return f"the model does not run after it: {error.what}"
 

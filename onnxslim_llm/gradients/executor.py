@@ -147,14 +147,15 @@ class Executor:
             self._execute(chosen, inner)
             return [self._read(tensor, inner) for tensor in chosen.outputs]
         inputs = [None if t.is_empty() else self._read(t, environment) for t in step.node.inputs]
-        if step.body is not None:
+        rule = self._rules.get(id(step.node), step.rule)
+        if step.body is not None and rule is None:
             inner = {id(formal): actual for formal, actual in zip(step.body.inputs, inputs, strict=False)}
             self._execute(step.body, inner)
             return [self._read(tensor, inner) for tensor in step.body.outputs]
-        assert step.rule is not None
+        assert rule is not None
         call = Call(step.node.op, step.where, step.opset, inputs, step.attributes, len(step.node.outputs), step.types)
         try:
-            results = self._rules.get(id(step.node), step.rule)(call)
+            results = rule(call)
         except SlimError as error:
             error.where = error.where or f"node '{step.where}'"
             raise

@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from onnxslim_llm.gradients.source import GradientSource
+    from onnxslim_llm.gradients.tuning import CodeTuner
     from onnxslim_llm.rewrite.passes import Pass
     from onnxslim_llm.stats.observe import Observer
     from onnxslim_llm.stats.shared_ranges import SharedRanges
     from onnxslim_llm.stats.statistics import Statistics
+    from onnxslim_llm.stats.token_source import TokenSource
     from onnxslim_llm.targets.base import Target
 
 __all__ = ["Context"]
@@ -36,6 +38,8 @@ class Context:
             model to take inputs from.
         shared_ranges: Where several graphs are made of the source: what the calibration of the others has said.
         gradients: Computes figures of gradients of the graph as it is, in torch; None where there is no source model.
+        tuner: Tunes coded weights by the answers of the source model, in torch; None where there are no data.
+        tokens: Knows which tokens the user's data have; None where there is no source model.
         notes: One-line remarks for the user; passes append to it.
     """
 
@@ -47,6 +51,8 @@ class Context:
     observer: Observer | None = None
     shared_ranges: SharedRanges | None = None
     gradients: GradientSource | None = None
+    tuner: CodeTuner | None = None
+    tokens: TokenSource | None = None
     notes: list[str] = field(default_factory=list)
 
     def need_statistics(self, what: str, where: str, otherwise: str = "") -> None:
