@@ -120,6 +120,8 @@ def _table(found: Sequence[tuple[str, int, Quality]]) -> Any:
         ["perplexity", *(figure_text(q.ppl) for q in qualities)],
         ["bits per byte", *(figure_text(q.bits_per_byte) for q in qualities)],
     ]
+    if any(q.left_out for q in qualities):
+        rows.insert(2, ["not in its vocabulary", *(count_text(q.left_out) for q in qualities)])
     versus = [q.difference for q in qualities if q.difference is not None]
     if versus:
         rows += [

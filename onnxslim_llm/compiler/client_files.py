@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 
 from onnxslim_llm.compiler.config_file import changed_config
 from onnxslim_llm.errors import ModelError
+from onnxslim_llm.ir.kept_tokens import KeptTokens
 from onnxslim_llm.ir.model import Model, open_model
 from onnxslim_llm.runtime.genai_config import GENAI_CONFIG_NAME, make_genai_config
 from onnxslim_llm.runtime.sidefiles import read_json_object
@@ -19,6 +20,7 @@ from onnxslim_llm.runtime.signature import DecoderSignature, find_decoder
 __all__ = ["write_client_files"]
 
 CONFIG_NAME = "config.json"
+TOKEN_MAP_NAME = "token_map.json"
 
 #: Operators that write new keys and values into the buffer of the old ones: (domain, op) -> {past input: output}.
 _IN_PLACE = {("com.microsoft", "GroupQueryAttention"): {3: 1, 4: 2}}
@@ -28,6 +30,8 @@ def write_client_files(
     artifact: Path, side_files: Path, changes: Sequence[Mapping[str, Any]] = ()
 ) -> tuple[list[str], list[str]]:
     """Write genai_config.json beside the artifact's model if it is a causal decoder, and config.json if it changes.
+
+    token_map.json says which tokens a model has kept: old ids by new ids.
 
     Args:
         artifact: The artifact's .onnx file.
@@ -50,7 +54,12 @@ def write_client_files(
         _write(artifact.parent / CONFIG_NAME, config)
         written.append(CONFIG_NAME)
     model = open_model(artifact)
-    signature, _ = find_decoder(model.to_proto("omit"))
+    proto = model.to_proto("omit")
+    kept = KeptTokens.from_metadata({entry.key: entry.value for entry in proto.metadata_props})
+    if kept is not None:
+        _write(artifact.parent / TOKEN_MAP_NAME, {"vocabulary": kept.vocabulary, "kept": kept.ids.tolist()})
+        written.append(TOKEN_MAP_NAME)
+    signature, _ = find_decoder(proto)
     if signature is None:
         return written, []
     in_place = bool(signature.caches) and _is_in_place(model, signature)

@@ -117,7 +117,7 @@ class PruneVocabulary(Pass):
         self._cut(model, constants, table, site, known)
         set_metadata(model, KEPT_TOKENS, known.to_text())
         change.sites += list(dict.fromkeys([name, *([site.constant.name] if isinstance(site, LogitSite) else [])]))
-        change.detail.update(tokens=[table.size, len(kept)], kept=[list(r) for r in known.ranges], logits=self.logits)
+        change.detail.update(tokens=[known.vocabulary, len(kept)], kept=[list(r) for r in known.ranges])
         infer_shapes(model)
         return change
 
@@ -236,7 +236,7 @@ def _read_ids(path: str) -> NDArray[np.int64]:
             text = file.read_text(encoding="utf-8")
             found = np.asarray(json.loads(text) if text.lstrip().startswith("[") else text.split())
         ids: NDArray[np.int64] = found.reshape(-1).astype(np.int64)
-        if found.dtype.kind == "f":
+        if found.size and found.dtype.kind == "f":
             raise ValueError("they are no integers")
         return ids
     except (OSError, ValueError, TypeError, AttributeError) as error:
