@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from onnxslim_llm.errors import CompilerBug, ModelError, SlimError
 from onnxslim_llm.ir.proto.check import check_model
+from onnxslim_llm.ir.shapes.contradictions import contradictions
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.order import check_order
 from onnxslim_llm.rewrite.passes import Change, Pass, Skip
@@ -122,7 +123,7 @@ class Pipeline:
 def _run_pass(step: Pass, model: Model, context: Context, gate: Gate | None) -> PassRecord:
     record = PassRecord(step.name, step.options())
     model.refresh_names()
-    before = model.copy() if gate is not None else None
+    before = model.copy() if gate is not None or step.structural else None
     statistics, cache_ranges = context.statistics, context.cache_ranges
     nodes, size = _node_count(model), model.weight_bytes()
     start = time.perf_counter()
@@ -142,8 +143,10 @@ def _run_pass(step: Pass, model: Model, context: Context, gate: Gate | None) -> 
         ) from error
     record.seconds = time.perf_counter() - start
     record.changed, record.skipped, record.detail = len(change.sites), change.skipped, change.detail
-    if gate is not None and before is not None and change:
-        record.rolled_back = gate(step, before, model)
+    if before is not None and change:
+        record.rolled_back = _dangling(before, model) if step.structural else ""
+        if gate is not None:
+            record.rolled_back = record.rolled_back or gate(step, before, model)
         if record.rolled_back:
             model.graph, model.skeleton = before.graph, before.skeleton
             context.statistics, context.cache_ranges = statistics, cache_ranges
@@ -162,6 +165,12 @@ def _check_valid(step: Pass, model: Model) -> None:
             where=error.where,
             todo="run again with -v for the traceback and report it with the model's `inspect --json`",
         ) from error
+
+
+def _dangling(before: Model, after: Model) -> str:
+    """Return which output of a model has not the shape that it declares, and had it before; nothing if none has."""
+    old, new = contradictions(before), contradictions(after)
+    return next((text for name, text in new.items() if name not in old), "")
 
 
 def _node_count(model: Model) -> int:

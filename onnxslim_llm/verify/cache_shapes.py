@@ -7,30 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from onnxslim_llm.errors import ModelError
-from onnxslim_llm.runtime.decoder import DecoderRunner, DecoderState
 from onnxslim_llm.runtime.session import Array, Dim, Session
 from onnxslim_llm.runtime.signature import find_decoder
 
-__all__ = ["changed_caches", "check_caches", "fitted_feeds"]
-
-
-def check_caches(source: Session, artifact: DecoderRunner, state: DecoderState) -> None:
-    """Check that the caches which an artifact returns are as large as it declares them.
-
-    Runtimes make room by what is declared. What the source declares in the same words is not our doing.
-
-    Raises:
-        ModelError: One is not; the output is named.
-    """
-    known = {info.name: info.shape for info in source.outputs}
-    declared = {info.name: info.shape for info in artifact.session.outputs}
-    for pair in artifact.signature.caches:
-        value, shape = state.caches.get(pair.past), declared.get(pair.present)
-        if value is None or shape is None or shape == known.get(pair.present):
-            continue
-        if not _fits(value.shape(), shape):
-            what = f"the artifact declares its cache as {list(shape)}, and returns {list(value.shape())}"
-            raise ModelError(what, where=pair.present)
+__all__ = ["changed_caches", "fitted_feeds"]
 
 
 def changed_caches(source: Session, artifact: Session) -> frozenset[str]:

@@ -137,6 +137,52 @@ class TakeName(Wrong):
 
     def apply(self, model, context):
         return Change()
+
+
+class WrongHeads(Wrong):
+    """Leave the model with caches that do not fit."""
+
+    lossless: ClassVar[bool] = False
+    structural: ClassVar[bool] = True
+
+    def caches(self, tensors):
+        return [tensor for tensor in tensors if tensor.shape and len(tensor.shape) == 4]
+
+
+@dataclass(frozen=True)
+class ForgetCacheShape(WrongHeads):
+    """Say that the caches going in have a head less, and leave all else."""
+
+    name: ClassVar[str] = "forget_cache_shape"
+
+    def apply(self, model, context):
+        for tensor in self.caches(model.graph.inputs):
+            tensor.shape = [tensor.shape[0], tensor.shape[1] - 1, *tensor.shape[2:]]
+        return Change(["caches"])
+
+
+@dataclass(frozen=True)
+class ForgetPresentShape(WrongHeads):
+    """Say that the caches coming out have a head less, and leave all else."""
+
+    name: ClassVar[str] = "forget_present_shape"
+
+    def apply(self, model, context):
+        for tensor in self.caches(model.graph.outputs):
+            tensor.shape = [tensor.shape[0], tensor.shape[1] - 1, *tensor.shape[2:]]
+        return Change(["caches"])
+
+
+@dataclass(frozen=True)
+class ForgetCacheName(WrongHeads):
+    """Give a cache going in the number of another layer."""
+
+    name: ClassVar[str] = "forget_cache_name"
+
+    def apply(self, model, context):
+        tensor = self.caches(model.graph.inputs)[0]
+        tensor.name = tensor.name.replace("0", "9")
+        return Change(["caches"])
 '''
 
 TARGET = """
@@ -162,6 +208,9 @@ CLASSES = {
     "loop": "Loop",
     "lose_output": "LoseOutput",
     "misspell_operator": "MisspellOperator",
+    "forget_cache_shape": "ForgetCacheShape",
+    "forget_present_shape": "ForgetPresentShape",
+    "forget_cache_name": "ForgetCacheName",
 }
 
 Install = Callable[..., dict[str, str]]
@@ -231,6 +280,23 @@ def test_wrong_passes_are_found_and_rolled_back(
     assert kept <= {"cleanup", "deduplicate_initializers"}
     same_results(source, tmp_path / "build" / "model.onnx")
     nothing_left(tmp_path, "build", "model.onnx", "recipe.toml")
+
+
+@pytest.mark.parametrize("name", ["forget_cache_shape", "forget_present_shape", "forget_cache_name"])
+@pytest.mark.parametrize("verify", ["fast", pytest.param("full", marks=pytest.mark.slow)])
+def test_structural_passes_that_leave_dangling_caches_are_rolled_back(
+    cli: Cli, tmp_path: Path, plugins: dict[str, str], name: str, verify: str
+) -> None:
+    """What changes results was asked for, and stays; not what leaves a model that does not run like the source."""
+    source = save(decoder(layers=1), tmp_path / "model.onnx")
+    options = [*recipe(tmp_path, "cleanup", name, gates="int4"), "--verify", verify]
+    done = cli("compile", source, "-o", "build", *options, env=plugins)
+    assert done.code == 0, done.err
+    manifest = whole(tmp_path / "build")
+    assert undone(manifest).keys() == {name}
+    reason = "does not run" if name == "forget_cache_name" else "is declared as"
+    assert reason in undone(manifest)[name]
+    same_results(source, tmp_path / "build" / "model.onnx")
 
 
 @pytest.mark.parametrize("name", ["cut_wire", "loop", "lose_output", "misspell_operator"])
