@@ -1,116 +1,103 @@
-"""What pruning costs and saves: bytes, zeros, perplexity and KL divergence, one row for each list of passes.
+"""What masks of zeros cost: mean KL divergence to the source, for each method, pattern, and with and without a refit.
 
-Every row runs `cleanup`, the safe fusions and its own passes, lowers the model for a target, saves it and evaluates it
-in the target's own runtime next to the source, on the same tokens.
+Every cell runs `cleanup`, the safe fusions and its own passes, and compares the result with the source on held-out
+tokens, in ONNX Runtime. The models are those of benchmarks/quality/subjects.py.
 
-    python benchmarks/pruning/table.py                                   # the sample model, the rows below
-    python benchmarks/pruning/table.py --passes "prune_neurons{share=0.5}" --tokens 20000
-    python benchmarks/pruning/table.py --markdown                        # the rows as a Markdown table
+    python benchmarks/pruning/table.py                                   # the sample model
+    python benchmarks/pruning/table.py --data FOLDER                     # the story models, too
+    python benchmarks/pruning/table.py --write                           # put the tables into docs/pruning.md
+    python benchmarks/pruning/table.py --passes "prune_neurons{share=0.5}"   # bytes and figures of any list of passes
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
+import sys
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from onnxslim_llm.compiler.calibration import Calibrator
-from onnxslim_llm.compiler.progress import Silent
-from onnxslim_llm.ir.model import Model, open_model
-from onnxslim_llm.ir.save import SaveOptions, save_model
-from onnxslim_llm.ir.weights import weight_of
-from onnxslim_llm.recipe import Recipe
-from onnxslim_llm.rewrite.context import Context
-from onnxslim_llm.rewrite.pipeline import Pipeline
-from onnxslim_llm.runtime.session import open_session
-from onnxslim_llm.runtime.tokenizer import load_tokenizer
-from onnxslim_llm.targets import get_target
-from onnxslim_llm.verify.quality import evaluate
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
 
-SAMPLE = Path(__file__).resolve().parents[2] / "models" / "stdlib-llama"
+from recorded import Recorded  # noqa: E402
+from subjects import SAMPLE_NAME, Subject, sample, story, story_names  # noqa: E402
 
-ROWS = (
-    "prune_weights{method=magnitude}",
-    "prune_weights{method=magnitude, refit=true}",
-    "prune_weights{method=wanda, refit=false}",
-    "prune_weights{method=wanda}",
-    "prune_weights{method=sparsegpt, refit=false}",
-    "prune_weights{method=sparsegpt}",
-    "prune_weights{method=sparsegpt, allocation=outliers}",
-    "prune_weights{method=sparsegpt, steps=4}",
-    "prune_weights{method=magnitude, pattern='2:4'}",
-    "prune_weights{method=wanda, pattern='2:4', refit=false}",
-    "prune_weights{method=wanda, pattern='2:4'}",
-    "prune_weights{method=sparsegpt, pattern='2:4', refit=false}",
-    "prune_weights{method=sparsegpt, pattern='2:4'}",
-    "prune_weights{method=sparsegpt, pattern='4:8'}",
-    "prune_weights{method=sparsegpt, pattern='16x1'}",
-    "prune_weights{sparsity=0.8, steps=4}, store_sparse",
-    "prune_neurons{share=0.25, refit=false}",
-    "prune_neurons{share=0.25}",
-    "prune_neurons{share=0.5}",
-)
-HEAD = ("passes", "bytes", "ratio", "zeros", "perplexity", "KL", "KL p99", "top-1")
+from onnxslim_llm.compiler.calibration import Calibrator  # noqa: E402
+from onnxslim_llm.compiler.observation import make_gradient_source  # noqa: E402
+from onnxslim_llm.compiler.progress import Silent  # noqa: E402
+from onnxslim_llm.ir.model import Model, open_model  # noqa: E402
+from onnxslim_llm.ir.save import SaveOptions, save_model  # noqa: E402
+from onnxslim_llm.ir.weights import weight_of  # noqa: E402
+from onnxslim_llm.recipe import Recipe  # noqa: E402
+from onnxslim_llm.rewrite.context import Context  # noqa: E402
+from onnxslim_llm.rewrite.pipeline import Pipeline  # noqa: E402
+from onnxslim_llm.runtime.decoder import DecoderRunner  # noqa: E402
+from onnxslim_llm.runtime.session import open_session  # noqa: E402
+from onnxslim_llm.targets import get_target  # noqa: E402
+from onnxslim_llm.verify.quality import Difference, evaluate_tokens  # noqa: E402
 
-
-@dataclass(frozen=True)
-class Row:
-    """One list of passes.
-
-    Attributes:
-        passes: What ran.
-        bytes: Size of the artifact, graph and weights.
-        ratio: That, divided by the source's weights, each counted once.
-        zeros: Share of zeros in the matrices of the artifact.
-        ppl_ratio: Perplexity divided by the source's.
-        kld_mean, kld_p99: KL(source || artifact) over tokens, in nats.
-        top1: Share of tokens where both find the same token the likeliest.
-    """
-
-    passes: str
-    bytes: int
-    ratio: float
-    zeros: float
-    ppl_ratio: float
-    kld_mean: float
-    kld_p99: float
-    top1: float
-
-    def cells(self) -> list[str]:
-        """Return the row as text."""
-        figures = [f"{self.ratio:.3f}", f"{self.zeros:.3f}", f"{self.ppl_ratio:.3f}", f"{self.kld_mean:.4f}"]
-        return [f"`{self.passes}`", f"{self.bytes:,}", *figures, f"{self.kld_p99:.3f}", f"{self.top1:.3f}"]
+PAGE = ROOT / "docs" / "pruning.md"
+PATTERNS = ("unstructured", "2:4")
+#: What is said of a method, and its options.
+METHODS = {
+    "magnitude": "method=magnitude",
+    "Wanda, within columns": "method=wanda, compare=column",
+    "Wanda": "method=wanda",
+    "Taylor": "method=taylor",
+    "Fisher": "method=fisher",
+    "SparseGPT": "method=sparsegpt",
+}
+#: Ways to share out zeros and to get there, all with a refit.
+SHARES = (0.5, 0.7)
+WAYS = {
+    "SparseGPT, uniform": "method=sparsegpt",
+    "SparseGPT, by outliers": "method=sparsegpt, allocation=outliers",
+    "SparseGPT, by sensitivity": "method=sparsegpt, allocation=sensitivity",
+    "SparseGPT, 4 steps": "method=sparsegpt, steps=4",
+    "SparseGPT, 4 steps, by sensitivity": "method=sparsegpt, steps=4, allocation=sensitivity",
+    "Fisher, 4 steps, by sensitivity": "method=fisher, steps=4, allocation=sensitivity",
+}
 
 
-def measure(args: argparse.Namespace, passes: str, calibrator: Calibrator) -> Row:
-    """Compile with one list of passes and compare with the source."""
-    target = get_target(args.target)
-    model = open_model(args.model)
-    fusions = Pipeline(Recipe.load("safe").build())
-    fusions.run(model, Context(target=target))
-    distinct = model.weight_bytes()
-    pipeline = Pipeline([*Pipeline(passes).passes, *Pipeline(target.lowering).passes])
-    pipeline.run(model, Context(target=target, statistics=calibrator.wanted_by(pipeline.passes)))
-    with tempfile.TemporaryDirectory() as folder:
-        artifact = Path(folder) / "model.onnx"
-        size = save_model(model, artifact, SaveOptions(jobs=2)).bytes
-        zeros = zero_share(open_model(artifact))
-        quality = evaluate(
-            target.open(artifact, threads=args.threads),
-            args.text,
-            load_tokenizer(args.model.parent),
-            versus=open_session(args.model, threads=args.threads),
-            max_tokens=args.tokens,
-            threads=args.threads,
-        )
-    found = quality.difference
-    assert found is not None
-    figures = (found.ppl_ratio, found.kld_mean, found.kld_p99, found.top1_agreement)
-    return Row(passes, size, size / distinct, zeros, *figures)
+class Bench:
+    """One model, its calibration statistics and its answers, made once."""
+
+    def __init__(self, subject: Subject, folder: Path) -> None:
+        self.subject = subject
+        self.calibrator = Calibrator(subject.model, subject.calibration, folder, 1, Silent())
+        self.gradients = make_gradient_source(self.calibrator)
+        self.source = Recorded(DecoderRunner(open_session(subject.model, threads=1)))
+
+    def measure(self, passes: str) -> tuple[Difference, int, float]:
+        """Return the difference from the source after some passes, the bytes of the artifact and its share of zeros."""
+        target = get_target("portable")
+        model = open_model(self.subject.model)
+        Pipeline(Recipe.load("safe").build()).run(model, Context(target=target))
+        pipeline = Pipeline([*Pipeline(passes).passes, *Pipeline(target.lowering).passes])
+        statistics = self.calibrator.wanted_by(pipeline.passes)
+        pipeline.run(model, Context(target=target, statistics=statistics, gradients=self.gradients))
+        with tempfile.TemporaryDirectory() as folder:
+            artifact = Path(folder) / "model.onnx"
+            size = save_model(model, artifact, SaveOptions(jobs=1)).bytes
+            zeros = zero_share(open_model(artifact))
+            found = evaluate_tokens(
+                target.open(artifact, threads=1),
+                self.subject.tokens,
+                versus=self.source,
+                window=self.subject.window,
+                threads=1,
+                greedy=False,
+            ).difference
+        assert found is not None
+        return found, size, zeros
+
+    def loss(self, options: str) -> str:
+        """Return the mean KL divergence in nats after `prune_weights` with these options."""
+        return f"{self.measure(f'prune_weights{{{options}}}')[0].kld_mean:.3f}"
 
 
 def zero_share(model: Model) -> float:
@@ -121,29 +108,89 @@ def zero_share(model: Model) -> float:
     return 1 - sum(int(np.count_nonzero(w.view())) for w in matrices) / max(total, 1)
 
 
-def show(rows: Iterable[list[str]], *, markdown: bool) -> None:
-    """Print a line for each row as soon as it is known."""
-    for cells in rows:
-        print("| " + " | ".join(cells) + " |" if markdown else "  ".join(cells), flush=True)
+def masks(bench: Bench) -> Iterator[list[str]]:
+    """Measure each method with both patterns, and with and without a refit."""
+    for name, options in METHODS.items():
+        cells = []
+        for pattern in PATTERNS:
+            for refit in ("false", "true"):
+                same = pattern != "unstructured" and "column" in options  # groups of 4 lie in a column anyway
+                cells.append("" if same else bench.loss(f"{options}, pattern='{pattern}', refit={refit}"))
+        yield [bench.subject.name, name, *cells]
+
+
+def ways(bench: Bench) -> Iterator[list[str]]:
+    """Measure ways to share out the zeros."""
+    for name, options in WAYS.items():
+        yield [bench.subject.name, name, *(bench.loss(f"{options}, sparsity={share}") for share in SHARES)]
+
+
+HEADS = {
+    "masks": ["model", "method", "50 %", "50 %, refit", "2:4", "2:4, refit"],
+    "ways": ["model", "way", *(f"{share:.0%}" for share in SHARES)],
+}
+TABLES = {"masks": masks, "ways": ways}
+
+
+def details(bench: Bench, lists: list[str]) -> Iterator[list[str]]:
+    """Measure any lists of passes."""
+    yield ["passes", "bytes", "zeros", "perplexity", "KL", "KL p99", "top-1"]
+    for passes in lists:
+        found, size, zeros = bench.measure(passes)
+        figures = (zeros, found.ppl_ratio, found.kld_mean, found.kld_p99, found.top1_agreement)
+        yield [f"`{passes}`", f"{size:,}", *(f"{figure:.3f}" for figure in figures)]
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def write(page: Path, name: str, lines: list[str]) -> None:
+    """Put a table between its two marks in a page."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    text = page.read_text(encoding="utf-8")
+    before, found, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (found and ended):
+        raise SystemExit(f"{page.name} has no place for the table: {begin} {end}")
+    page.write_text("\n".join([before + begin, *lines, end + after]), encoding="utf-8")
+
+
+def subjects(args: argparse.Namespace, work: Path) -> Iterator[Subject]:
+    """Yield the models that are asked for and there."""
+    if fnmatch.fnmatch(SAMPLE_NAME, args.models):
+        yield sample(work, args.tokens)
+    for name in story_names(args.data) if args.data else []:
+        if fnmatch.fnmatch(name, args.models):
+            yield story(args.data, name, work, args.tokens)
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure and print, and write where that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=SAMPLE / "model.onnx")
-    parser.add_argument("--text", type=Path, default=SAMPLE / "heldout.txt")
-    parser.add_argument("--passes", action="append", help="a list of passes; may be repeated")
-    parser.add_argument("--target", default="portable")
-    parser.add_argument("--tokens", type=int, default=20_000)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--calib", type=Path, default=SAMPLE / "calib.txt")
-    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--data", type=Path, help="folder with the story models")
+    parser.add_argument("--models", default="*", help="pattern of names")
+    parser.add_argument("--table", choices=TABLES, help="only this one")
+    parser.add_argument("--passes", action="append", help="instead of the tables; may be repeated")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--write", action="store_true", help="into docs/pruning.md")
     args = parser.parse_args()
-    show([list(HEAD)] + ([["---"] * len(HEAD)] if args.markdown else []), markdown=args.markdown)
-    with tempfile.TemporaryDirectory() as folder:
-        calibrator = Calibrator(args.model, args.calib, Path(folder), args.threads, Silent())
-        rows = (measure(args, passes, calibrator).cells() for passes in args.passes or ROWS)
-        show(rows, markdown=args.markdown)
+    with tempfile.TemporaryDirectory() as scratch:
+        benches = [Bench(s, Path(scratch) / f"statistics {s.name}") for s in subjects(args, Path(scratch))]
+        if args.passes:
+            for bench in benches:
+                for cells in details(bench, args.passes):
+                    print(_line(cells), flush=True)
+            return
+        for name in [args.table] if args.table else TABLES:
+            lines = [_line(HEADS[name]), "|" + "---|" * len(HEADS[name])]
+            print("\n".join(lines), flush=True)
+            for bench in benches:
+                for cells in TABLES[name](bench):
+                    lines.append(_line(cells))
+                    print(lines[-1], flush=True)
+            if args.write:
+                write(PAGE, name, lines)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ Allocation = Literal["uniform", "outliers", "sensitivity"]
 #: A weight is an outlier if its score |w| ||x|| is so many times the mean one (OWL's M).
 _OUTLIER = 5.0
 #: No weight's sparsity differs by more than this from the wanted one: OWL's lambda, and ours for costs in nats.
-_SPREAD: dict[Allocation, float] = {"outliers": 0.08, "sensitivity": 0.2}
+_SPREAD: dict[Allocation, float] = {"outliers": 0.08, "sensitivity": 0.15}
 _COLUMNS = 512
 #: The distribution of a weight's costs is kept as so many quantiles.
 _QUANTILES = 1001
