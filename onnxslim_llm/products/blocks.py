@@ -224,11 +224,11 @@ class _Search:
     def _same(self, steps: Sequence[_Step]) -> bool:
         """Return whether the ends have the same type and axes; sizes that additions keep need not be known."""
         before, after = self.nodes[steps[0].first].outputs[0], self.nodes[steps[-1].last].outputs[0]
-        shapes = (shape_of(before), shape_of(after))
-        if shapes[0] is None or shapes[1] is None or len(shapes[0]) != len(shapes[1]) or before.dtype != after.dtype:
+        first, last = shape_of(before), shape_of(after)
+        if not first or not last or len(first) != len(last) or before.dtype != after.dtype:
             return False
-        sizes = [(a, b) for a, b in zip(*shapes, strict=True) if isinstance(a, int) and isinstance(b, int)]
-        return isinstance(shapes[0][-1], int) and shapes[0][-1] == shapes[1][-1] and all(a == b for a, b in sizes)
+        sizes = [(a, b) for a, b in zip(first, last, strict=True) if isinstance(a, int) and isinstance(b, int)]
+        return isinstance(first[-1], int) and first[-1] == last[-1] and all(a == b for a, b in sizes)
 
     def _caches(self, block: ResidualBlock) -> str:
         """Fill in the caches; return why they cannot go."""
