@@ -77,6 +77,18 @@ class LatentCodes:
             scales = np.clip(scales, -limit, limit).astype(np.float16).astype(np.float32)
         return Codes(self._codes().to(torch.uint8).numpy(), scales, self.weight.start.zeros)
 
+    def gradients(self, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Return the gradients of a loss by the numbers behind the codes, [K, N], and by r of each scale, [KB, N].
+
+        Args:
+            gradient: Of the loss, by the weight [K, N].
+        """
+        by_scale = self._by_blocks(gradient * self._centred()) * self._scales
+        if self._numbers is None:
+            return None, by_scale
+        inside = (self._numbers.values >= 0) & (self._numbers.values <= self.weight.levels) & self._movable
+        return gradient * self._by_rows(self._current_scales()) * inside, by_scale
+
     def move(self, gradient: Tensor, code_rate: float, scale_rate: float, step: int) -> None:
         """Go one step.
 
@@ -86,10 +98,9 @@ class LatentCodes:
             scale_rate: As in `TuningPlan`.
             step: 1 for the first one.
         """
-        by_scale = self._by_blocks(gradient * self._centred()) * self._scales
-        if self._numbers is not None:
-            inside = (self._numbers.values >= 0) & (self._numbers.values <= self.weight.levels) & self._movable
-            self._numbers.move(gradient * self._by_rows(self._current_scales()) * inside, code_rate, step)
+        by_code, by_scale = self.gradients(gradient)
+        if self._numbers is not None and by_code is not None:
+            self._numbers.move(by_code, code_rate, step)
         self._relative.move(by_scale, scale_rate, step)
 
     def _codes(self) -> Tensor:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from onnxslim_llm.ir.model import Model
     from onnxslim_llm.rewrite.context import Context
 
-__all__ = ["TuneCodes"]
+__all__ = ["TuneCodes", "tunables"]
 
 #: Finer codes are right as they are: only their scales are tuned.
 _COARSE_BITS = 4
@@ -141,6 +141,15 @@ class TuneCodes(Pass):
                 constant.values = weight
             change.sites.append(site.job.where())
         return change
+
+
+def tunables(model: Model, change: Change) -> list[Tunable]:
+    """Return the coded weights of a model as they would be tuned; `change` gets what is left alone.
+
+    Raises:
+        ModelError: A weight holds NaN or infinite values.
+    """
+    return [_tunable(site) for site in _sites(model, change)]
 
 
 def _sites(model: Model, change: Change) -> list[_Site]:
