@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +31,8 @@ _VERSION = 1
 _ALPHA = 0.5
 #: Share of the largest that a channel counts at least: one that never fires is no reason to divide by zero.
 _FLOOR = 1e-4
+#: Results kept in memory: what quantizes factors reads both of them, piece by piece, on several threads.
+_KEPT = 4
 
 
 def _by_gram(collected: Collected) -> Whitening:
@@ -137,6 +141,14 @@ class FactorJob(WeightJob):
             stats["output_signal"] = float(output_error(matrix, held).sum())
         return TileOutput([(i, 0, part.reshape(-1).view(np.uint8)) for i, part in enumerate(stored)], stats)
 
+    def compute(self) -> list[np.ndarray]:
+        """Return the raw bytes of the factors, as `WeightJob.compute` does; those of the last few jobs are kept."""
+        return _COMPUTED.of(self)
+
+    def computed(self) -> list[np.ndarray]:
+        """Compute the factors in memory."""
+        return super().compute()
+
     def finish(self, stats: list[dict[str, float]]) -> dict[str, Any]:
         """Say what the missing directions cost."""
         total = super().finish(stats)
@@ -146,3 +158,34 @@ class FactorJob(WeightJob):
         if signal:
             total["relative_output_error"] = math.sqrt(total["output_error"] / signal)
         return total
+
+
+class _Computed:
+    """The results of the last few jobs; each is computed once, however many threads ask for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # With the jobs: their keys mean something only as long as their inputs are there.
+        self._results: OrderedDict[Hashable, tuple[FactorJob, list[np.ndarray]]] = OrderedDict()
+        self._turns: dict[Hashable, threading.Lock] = {}
+
+    def of(self, job: FactorJob) -> list[np.ndarray]:
+        key = job.key
+        with self._lock:
+            turn = self._turns.setdefault(key, threading.Lock())
+        with turn:
+            with self._lock:
+                known = self._results.get(key)
+            if known is None:
+                known = job, job.computed()
+            with self._lock:
+                self._results[key] = known
+                self._results.move_to_end(key)
+                while len(self._results) > _KEPT:
+                    gone, _ = self._results.popitem(last=False)
+                    self._turns.pop(gone, None)
+        job.figures = known[0].figures
+        return known[1]
+
+
+_COMPUTED = _Computed()

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 from onnxslim_llm.errors import ModelError, UsageError
 from onnxslim_llm.ir.weights import weight_of
-from onnxslim_llm.passes.lowrank.factor_job import matrix_of, whitening_of
+from onnxslim_llm.passes.lowrank.factor_job import FactorJob, matrix_of, whitening_of
 from onnxslim_llm.passes.lowrank.ranks import break_even
 from onnxslim_llm.passes.lowrank.split_low_rank import SplitLowRank
 from onnxslim_llm.rewrite.context import Context
@@ -304,6 +304,21 @@ def test_factors_know_their_inputs_and_can_be_quantized(statistics: Statistics) 
         return float(np.square(run(coded, {"x": x}) - wanted).sum())
 
     assert error("calibrated") < 0.8 * error("search")
+
+
+def test_factors_are_computed_once_for_all_who_read_them(
+    statistics: Statistics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    plain = FactorJob.computed
+
+    def counted(job: FactorJob) -> list[Any]:
+        done.append(job.where())
+        return plain(job)
+
+    monkeypatch.setattr(FactorJob, "computed", counted)
+    compiled("split_low_rank{rank=24}, quantize_weights{method=calibrated, min_elements=1, lm_head_bits=0}", statistics)
+    assert sorted(done) == ["V", "W"]
 
 
 def test_the_same_bytes_twice(statistics: Statistics) -> None:
