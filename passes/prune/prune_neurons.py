@@ -94,8 +94,9 @@ class PruneNeurons(Pass):
         change = Change()
         infer_shapes(model)
         exclude = compile_patterns(self.exclude, self.name)
-        entries = []
-        for layer in find_hidden_layers(model, change):
+        entries: list[dict[str, Any]] = []
+        layers = find_hidden_layers(model, change)
+        for layer in layers:
             name = layer.weight.name
             pattern = next((p.pattern for p in exclude if p.search(name) or p.search(layer.product.name)), None)
             left = self._left(layer.size)
@@ -120,7 +121,9 @@ class PruneNeurons(Pass):
             change.sites.append(name)
             entries.append({"name": name, "channels": [layer.size, left]})
         if entries:
-            change.detail.update(layers=entries)
+            sizes = {entry["channels"][1] for entry in entries}
+            alike = len(entries) == len(layers) and len(sizes) == 1
+            change.detail.update(layers=entries, config={"intermediate_size": sizes.pop()} if alike else {})
             infer_shapes(model)
         return change
 
