@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ MOST_BYTES = 1.045
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from low_rank import Bench
     from subjects import sample
 
     work = tmp_path_factory.mktemp("low_rank")
-    yield Bench(sample(work, TOKENS), work / "statistics")
+    return Bench(sample(work, TOKENS), work / "statistics")
 
 
 @pytest.mark.slow
