@@ -26,6 +26,7 @@ from onnxslim_llm.report.format import (
 )
 from onnxslim_llm.report.layers import agreement, layer_rows, paired
 from onnxslim_llm.report.plots import ROLE_COLOURS, bytes_plot, error_plot, output_error_plot, time_plot
+from onnxslim_llm.report.sparse_storage import break_even, sparse_rows
 
 __all__ = ["render_report"]
 
@@ -81,6 +82,8 @@ def _content(m: Manifest) -> dict[str, Any]:
             if role in before or role in after
         ],
         "ratio": ratio_text(m.artifact.bytes, m.source.bytes),
+        "sparse_rows": sparse_rows(m),
+        "break_even": break_even(m),
         "error_roles": [(r, colour) for r, colour in ROLE_COLOURS.items() if any(x.role == r for x in measured)],
         "point_roles": [(r, colour) for r, colour in ROLE_COLOURS.items() if any(p[1] == r for p in points)],
         "layer_rows": rows,

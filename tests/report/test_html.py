@@ -95,3 +95,17 @@ def test_the_same_manifest_gives_the_same_bytes(manifest: Manifest, tmp_path: Pa
     )
     runs = [subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, check=True) for _ in range(2)]
     assert runs[0].stdout == runs[1].stdout == render_report(manifest).encode()
+
+
+def test_sparse_weights_and_the_break_even(manifest: Manifest) -> None:
+    assert "Sparse weights" not in Page(render_report(manifest)).text
+    entry = manifest.passes[3].model_copy()
+    entry.name, entry.rolled_back = "store_sparse", False
+    entry.detail = {
+        "tensors": [{"name": "W7", "form": "bitmap, 4 bits", "zeros": 0.5, "dense_bytes": 1000, "sparse_bytes": 790}],
+        "break_even": {"coo, float32": 0.6667, "bitmap, 4 bits": 0.25},
+    }
+    manifest.passes.append(entry)
+    text = Page(render_report(manifest)).text
+    for figure in ("Sparse weights", "W7", "50.0\u00a0%", "0.79x", "bitmap, 4 bits 25.0\u00a0%"):
+        assert figure in text, figure
