@@ -67,6 +67,9 @@ class SweepPoint(_Record):
     kld_mean: Figure = Field(default=None, description="KL(source || artifact) in nats a token")
     kld_p99: Figure = None
     top1_agreement: Figure = None
+    tokens_left_out: int | None = Field(
+        default=None, ge=0, description="of the text, because the artifact has left them out: no figure counts them"
+    )
     prefill_tokens_per_second: Figure = None
     decode_tokens_per_second: Figure = None
     prefill_ratio: Figure = Field(default=None, description="to the source: median of rounds that measure both in turn")
@@ -114,6 +117,7 @@ class SweepRecord(_Record):
 
 _FIGURES = (
     *("bytes", "bytes_ratio", "ppl", "ppl_ratio", "kld_mean", "kld_p99", "top1_agreement"),
+    "tokens_left_out",
     *("prefill_tokens_per_second", "decode_tokens_per_second", "prefill_ratio", "decode_ratio", "compile_seconds"),
 )
 

@@ -68,6 +68,15 @@ def test_one_buffer_for_past_and_present(compiled: Compiled) -> None:
     assert written(artifact) == artifact.expected
 
 
+def test_fewer_tokens(smaller: Smaller) -> None:
+    """Ids stay what they were; those that were left out are never written."""
+    artifact = smaller(["prune_vocabulary"], "ort-cpu")
+    kept = json.loads((artifact.folder / "token_map.json").read_text())["kept"]
+    assert len(kept) < 2048
+    assert written(artifact) == artifact.expected
+    assert set(artifact.expected) <= set(kept)
+
+
 @pytest.mark.parametrize(
     "passes",
     [

@@ -97,6 +97,6 @@ def test_the_table_has_a_column_for_each_option_and_leaves_out_what_is_unknown(r
     record.points[0].settings["prune_weights.bits"] = True
     lines = sweep_csv(record).splitlines()
     assert lines[0].startswith("point,recipe,quantize_weights.bits,prune_weights.bits,status,bytes,")
-    assert lines[1].startswith("beaten,int4,4,true,ok,3000000,0.3,,1.5,0.5,,0.9,,,0.8,2.5,1.5,false,")
-    assert lines[5] == "bad,int4,,,failed,,,,,,,,,,,,,false,3 bits <cannot> be stored"
+    assert lines[1].startswith("beaten,int4,4,true,ok,3000000,0.3,,1.5,0.5,,0.9,,,,0.8,2.5,1.5,false,")
+    assert lines[5] == "bad,int4,,,failed,,,,,,,,,,,,,,false,3 bits <cannot> be stored"
     assert record.axes["prune_weights.bits"] == "prune_weights.bits"

@@ -93,6 +93,7 @@ class Ruler:
             "kld_mean": difference.kld_mean,
             "kld_p99": difference.kld_p99,
             "top1_agreement": difference.top1_agreement,
+            "tokens_left_out": found.left_out,
         }
 
     def speed(self, artifact: Path) -> tuple[dict[str, float], str]:

@@ -1,0 +1,118 @@
+"""What can be left out because it says nothing: hidden channels that hardly vary, and tokens that a text does not have.
+
+Every row is an ordinary compile of recipe `safe` with one more pass, compared with the source on the same held-out
+tokens (decoders: mean KL divergence) or sentences (encoders: mean 1 - cosine). The models are those of
+benchmarks/quality/subjects.py.
+
+    python benchmarks/pruning/left_out.py                            # the sample model
+    python benchmarks/pruning/left_out.py --data FOLDER              # the story models and MiniLM, too
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
+
+from encoder_quality import compare, embed  # noqa: E402
+from subjects import Subject, minilm, sample, story, story_names  # noqa: E402
+
+from onnxslim_llm.artifact.manifest import Manifest  # noqa: E402
+from onnxslim_llm.compiler import compile as compile_model  # noqa: E402
+from onnxslim_llm.recipe import Recipe, Step  # noqa: E402
+from onnxslim_llm.runtime.session import open_session  # noqa: E402
+from onnxslim_llm.verify.quality import evaluate_tokens  # noqa: E402
+
+LIMITS = (0.001, 0.01, 0.03, 0.1)
+MIN_COUNTS = (1, 3, 10, 30)
+TOKENS = 8192
+
+
+def left_out(subject: Subject, work: Path, step: dict[str, Any]) -> tuple[Manifest, float, float]:
+    """Compile with one more pass; return the manifest, the loss, and the share of held-out tokens that are gone."""
+    base = Recipe.load("safe")
+    recipe = base.model_copy(update={"passes": (*base.passes, Step.model_validate(step)), "gates": "int4"})
+    result = compile_model(
+        subject.model,
+        work / "artifact",
+        recipe=recipe,
+        calib=subject.calibration,
+        statistics=work / f"statistics {subject.name}",
+        jobs=1,
+        verify="off",
+        force=True,
+    )
+    file = result.path / "model.onnx"
+    if subject.kind != "decoder":
+        vectors = [embed(open_session(each, threads=1), subject.sentences) for each in (subject.model, file)]
+        known = [d["kept"] for entry in result.manifest.passes if "kept" in (d := entry.detail)]
+        fed = [int(i) for feeds in subject.sentences for i in feeds["input_ids"].reshape(-1)]
+        gone = sum(not any(a <= i <= b for a, b in known[0]) for i in fed) / len(fed) if known else 0.0
+        return result.manifest, compare(*vectors).distance_mean, gone
+    tokens = subject.tokens[:TOKENS]
+    found = evaluate_tokens(file, tokens, versus=subject.model, window=subject.window, threads=1, greedy=False)
+    assert found.difference is not None
+    return result.manifest, found.difference.kld_mean, found.left_out / (found.left_out + found.tokens)
+
+
+def channels(subject: Subject, work: Path) -> Iterator[list[str]]:
+    """Measure `fold_constant_neurons` over its limit."""
+    for limit in LIMITS:
+        step = {"name": "fold_constant_neurons", "limit": limit, "align": 1}
+        manifest, loss, _ = left_out(subject, work, step)
+        layers = next((e.detail.get("layers", []) for e in manifest.passes if e.name == step["name"]), [])
+        gone = [f"{layer['channels'][0] - layer['channels'][1]}/{layer['channels'][0]}" for layer in layers]
+        yield [subject.name, f"{limit:g}", ", ".join(gone) or "none", f"{manifest.artifact.bytes:,}", f"{loss:.2g}"]
+
+
+def tokens(subject: Subject, work: Path) -> Iterator[list[str]]:
+    """Measure `prune_vocabulary` over how often a token must occur in the calibration data."""
+    for least in MIN_COUNTS:
+        manifest, loss, gone = left_out(subject, work, {"name": "prune_vocabulary", "min_count": least})
+        detail = next(e.detail for e in manifest.passes if e.name == "prune_vocabulary")
+        kept = "{1:,} of {0:,}".format(*detail["tokens"]) if detail else "all"
+        share = manifest.artifact.bytes / manifest.source.bytes
+        cells = [kept, f"{manifest.artifact.bytes:,}", f"{share:.3f}", f"{gone:.1%}", f"{loss:.2g}"]
+        yield [subject.name, str(least), *cells]
+
+
+TABLES = {
+    "channels": (channels, ["model", "limit", "channels left out", "bytes", "KL or 1 - cos"]),
+    "tokens": (tokens, ["model", "min_count", "tokens kept", "bytes", "ratio", "held-out gone", "KL or 1 - cos"]),
+}
+
+
+def subjects(data: Path | None, work: Path) -> Iterator[Subject]:
+    """Yield the models that are there."""
+    yield sample(work, TOKENS)
+    if data is not None:
+        for name in story_names(data):
+            yield story(data, name, work, TOKENS)
+        encoder = minilm(work)
+        if encoder is not None:
+            yield encoder
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with the story models")
+    parser.add_argument("--work", type=Path, help="where models and calibration data are prepared; kept")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        found = list(subjects(args.data, args.work or Path(scratch)))
+        for measure, head in TABLES.values():
+            print("| " + " | ".join(head) + " |\n|" + "---|" * len(head), flush=True)
+            for subject in found:
+                for cells in measure(subject, Path(scratch)):
+                    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
