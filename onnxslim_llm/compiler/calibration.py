@@ -37,11 +37,12 @@ SELF = "self"
 TOKENS = 32_768
 #: Tokens of a sample, if the model's context is not shorter.
 WINDOW = 512
-#: The model writes fewer: each costs a step of its own, though many rows are written at once.
+#: The model writes fewer, and shorter ones: every token of a row costs a step, which writes one for many rows at once.
+#: Samples of 128 tokens serve as well as those of 512 (mean KL 0.0263 and 0.0262 for 4.5 bits of the sample model).
 SELF_TOKENS = 16_384
-_SELF_ROWS = 32
-#: From this size of the weights on, a step takes a second or so: then shorter rows, fewer tokens.
-_LARGE_BYTES, _LARGE_WINDOW, _LARGE_TOKENS = 1 << 30, 128, 4096
+_SELF_ROWS, _FEWEST_ROWS, _SELF_WINDOW = 128, 32, 128
+#: From this size of the weights on, a step takes a second or so: then fewer tokens.
+_LARGE_BYTES, _LARGE_TOKENS = 1 << 30, 4096
 
 _ARRAYS = (".npz", ".npy")
 
@@ -214,7 +215,7 @@ class Calibrator:
         window = min(WINDOW, signature.length or WINDOW, context or WINDOW)
         if itself:
             large = _model_bytes(self.source) > _LARGE_BYTES
-            window, total = (min(window, _LARGE_WINDOW), _LARGE_TOKENS) if large else (window, SELF_TOKENS)
+            window, total = min(window, _SELF_WINDOW), _LARGE_TOKENS if large else SELF_TOKENS
             told = self._written(runner, window, total)
             return TokenCalibration.checked(told, window, runner.vocab, runner.arrays)
         calibration = TokenCalibration.checked(self._read(files)[:TOKENS], window, runner.vocab, runner.arrays)
@@ -311,7 +312,7 @@ def written_by(
     """
     rng = np.random.default_rng(0)
     fixed = runner.signature.batch
-    rows = fixed or _SELF_ROWS
+    rows = fixed or min(_SELF_ROWS, max(_FEWEST_ROWS, total // window))
     written = []
     batches = max(1, total // (rows * window))
     for batch in range(batches):
