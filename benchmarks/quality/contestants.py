@@ -6,7 +6,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -80,6 +80,8 @@ LADDER = {
 }
 #: The same without data.
 LADDER_WITHOUT_DATA = (4.4, 5, 6)
+#: The same with codes tuned afterwards, for decoders.
+LADDER_TUNED = (3.5, 4, 4.4)
 #: Encoders are measured at these sizes only.
 _ENCODER_SIZES = (4.4, 6, 8.2)
 
@@ -103,6 +105,9 @@ def ours(extra: tuple[tuple[str, str, tuple[str, ...], str], ...] = ()) -> Itera
     for size in LADDER_WITHOUT_DATA:
         searched = ("quantize_weights.method=search",)
         yield _rung(code, f"{size:g} bits, without data", "int4-calibrated", searched, "ort-cpu-ops", size)
+    for size in LADDER_TUNED:
+        tuned = _rung(code, f"{size:g} bits, tuned", "int4-tuned", (), "ort-cpu-ops", size)
+        yield replace(tuned, kinds=("decoder",))
 
 
 def _rung(code: str, label: str, preset: str, settings: tuple[str, ...], target: str, size: float) -> Contestant:

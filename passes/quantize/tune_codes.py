@@ -73,7 +73,7 @@ class TuneCodes(Pass):
     lossless: ClassVar[bool] = False
     stage: ClassVar[Stage] = Stage.COMPENSATE
 
-    steps: int = 300
+    steps: int = 200
     batch: int = 4
     window: int = 256
     code_rate: float = 0.003
