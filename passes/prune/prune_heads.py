@@ -123,6 +123,8 @@ class PruneHeads(Pass):
             entries.append({"name": layer.name, "heads": [before, after], "kept": groups.tolist()})
         if entries:
             change.detail.update(layers=entries, config=_config(model, layers))
+            if not change.detail["config"]:
+                context.notes.append("attentions have different numbers of heads now, which no config.json can say")
             sort_nodes(model.graph)
             infer_shapes(model)
         return change

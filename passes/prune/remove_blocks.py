@@ -24,6 +24,9 @@ from onnxslim_llm.rewrite.stage import Stage
 
 __all__ = ["RemoveBlocks"]
 
+#: Rows of a product that is fitted: two matrices of K x K float64 are held, 2.4 GB for this K.
+LARGEST_FIT = 12_288
+
 
 @dataclass(frozen=True)
 class RemoveBlocks(Pass):
@@ -47,7 +50,8 @@ class RemoveBlocks(Pass):
         - a norm stands in the residual stream itself (post-norm: BERT), or the model attends to another one's states;
         - something inside of the block is read outside of it, or is an output of the model;
         - its cache is computed or read elsewhere in the model;
-        - `refit` is on, and no product with a weight of its own writes right before the gap: nothing is fitted.
+        - `refit` is on, and no product with a weight of its own, of at most 12,288 rows, writes right before the gap:
+          nothing is fitted.
 
     Attributes:
         count: How many go; at least one of those that could go stays.
@@ -138,6 +142,9 @@ class RemoveBlocks(Pass):
             product = writer_of(constants, gap[0].before)
             if isinstance(product, str):
                 change.skip(gap[0].name, f"nothing is fitted in its place: {product}")
+            elif product.rows > LARGEST_FIT:
+                reason = f"'{product.name}' has {product.rows} rows, more than {LARGEST_FIT}"
+                change.skip(gap[0].name, f"nothing is fitted in its place: {reason}")
             else:
                 places.append((product, gap))
         if not places:

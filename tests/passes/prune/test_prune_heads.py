@@ -156,8 +156,10 @@ def test_later_passes_see_the_heads_that_are_left(tmp_path: Path) -> None:
 def test_without_uniform_the_cheapest_of_all_go() -> None:
     model = transformer(Habits(cache=True))
     silence(model, groups=(1,))
-    after, record = pruned(model, share=0.25, uniform=False)
+    context = Context()
+    after, record = pruned(model, context, share=0.25, uniform=False)
     assert record.changed == 1
+    assert context.notes == ["attentions have different numbers of heads now, which no config.json can say"]
     assert attentions(after) == [(2, 1), (4, 2)]
     assert "heads of other attentions cost less" in reasons(record)
     assert record.detail["config"] == {}

@@ -143,7 +143,7 @@ def test_costs_in_nats_share_out_the_zeros(statistics: Statistics, gradients: Gr
 def test_gradients_need_a_compile_and_a_rule_for_every_operator(
     statistics: Statistics, gradients: GradientSource
 ) -> None:
-    with pytest.raises(UsageError, match="method=fisher needs the gradients of a compile"):
+    with pytest.raises(UsageError, match="method=fisher needs gradients of the model's answer"):
         pruned(PruneWeights(method="fisher"), statistics)
     changed = model_of(two())
     next(node for node in changed.graph.nodes if node.op == "Tanh").op = "Hardmax"

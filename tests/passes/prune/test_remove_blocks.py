@@ -16,6 +16,7 @@ from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.weights import ArrayWeight, weight_of
+from onnxslim_llm.passes.prune import remove_blocks
 from onnxslim_llm.passes.prune.remove_blocks import RemoveBlocks
 from onnxslim_llm.products.blocks import find_blocks
 from onnxslim_llm.rewrite.context import Context
@@ -174,6 +175,14 @@ def test_without_a_product_before_the_gap_nothing_is_fitted() -> None:
     assert record.changed == 1
     assert record.detail["fitted"] == []
     assert "nothing is fitted in its place: no product writes right before it" in reasons(record)
+
+
+def test_large_products_are_not_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remove_blocks, "LARGEST_FIT", 79)
+    habits = Habits()
+    _, record = removed(transformer(habits), observed(habits), blocks=(1,), refit=True)
+    assert record.detail["fitted"] == []
+    assert "nothing is fitted in its place: '0.down' has 80 rows, more than 79" in reasons(record)
 
 
 # what is no block
