@@ -164,6 +164,27 @@ void check_shared_products(const Case& made, KernelIsa isa) {
     }
 }
 
+// Units of a sparse weight expand into scratch of their own.
+void check_sparse_products(const Case& made, KernelIsa isa) {
+    PackedWeight w;
+    if (parse_packed_weight(made.packed.data(), made.packed.size(), &w)) fail("the weight does not parse");
+    std::vector<uint8_t> bytes((size_t)sparse_weight_bytes(w));
+    make_sparse(w, (int64_t)bytes.size(), bytes.data());
+    SparseWeight sparse;
+    if (parse_sparse_weight(bytes.data(), bytes.size(), &sparse)) fail("the sparse weight does not parse");
+    for (const Accuracy accuracy : {kExact, kInt8}) {
+        for (const int64_t m : kRows) {
+            std::vector<float> dense, shared;
+            compute(made.problem(m, accuracy, &dense), isa, false);
+            MatMulProblem p = made.problem(m, accuracy, &shared);
+            p.b = sparse.packed;
+            p.sparse = &sparse;
+            compute(p, isa, true);
+            if (dense != shared) fail("a sparse product by several threads");
+        }
+    }
+}
+
 void check_look_ups(const Case& made) {
     PackedWeight w;
     if (parse_packed_weight(made.packed.data(), made.packed.size(), &w)) fail("the weight does not parse");
@@ -182,7 +203,10 @@ int main(int argc, char** argv) {
         check_packing(made);
         check_callers(made, kAutoIsa);
         for (int32_t isa = kIsaScalar; isa < kKernelIsas; isa++)
-            if (supports((KernelIsa)isa)) check_shared_products(made, (KernelIsa)isa);
+            if (supports((KernelIsa)isa)) {
+                check_shared_products(made, (KernelIsa)isa);
+                check_sparse_products(made, (KernelIsa)isa);
+            }
         made.order = kPlainColumns;  // what a table is
         check_packing(made);
         check_look_ups(made);
