@@ -12,6 +12,7 @@ import pytest
 from ir_jobs import FileJournal, HalveJob, halved_model, model_of, write_weights
 from ir_samples import kitchen_sink, linear, same
 from onnx import TensorProto, numpy_helper
+from threadpoolctl import threadpool_info
 
 from onnxslim_llm.errors import CompilerBug, ModelError, ResourceError, UsageError
 from onnxslim_llm.ir.model import from_proto, open_model
@@ -394,3 +395,24 @@ def test_save_from_gs_edited_graph(tmp_path):
     graph.outputs = [out]
     save_model(model, tmp_path / "m.onnx")
     onnx.checker.check_model(onnx.load(tmp_path / "m.onnx"), full_check=True)
+
+
+def test_matrix_products_of_a_piece_run_in_one_thread(tmp_path, monkeypatch):
+    before = _blas_threads()
+    seen = []
+    run = HalveJob.run
+
+    def watched(job, tile):
+        seen.append(_blas_threads())
+        return run(job, tile)
+
+    monkeypatch.setattr(HalveJob, "run", watched)
+    write_weights(tmp_path / "w.bin", 64, 64)
+    save_model(halved_model(tmp_path / "w.bin", 1, 64, 64), tmp_path / "m.onnx", SaveOptions(jobs=2, external=True))
+    assert seen
+    assert all(set(threads) <= {1} for threads in seen)
+    assert _blas_threads() == before
+
+
+def _blas_threads():
+    return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
