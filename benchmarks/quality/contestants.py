@@ -78,8 +78,9 @@ LADDER = {
     "ort-cpu-ops": (3, 3.5, 4, 4.2, 4.4, 4.6, 4.8, 5, 5.3, 5.6, 6, 6.4, 7, 7.5, 8.2, 8.6),
     "ort-cpu": (4.4, 6),
 }
-#: The same without data.
+#: The same without data, and with text that the model writes itself.
 LADDER_WITHOUT_DATA = (4.4, 5, 6)
+LADDER_OF_OWN_TEXT = (4.4, 4.8, 5.3, 5.6, 6.4, 7, 8.2)
 #: The same with codes tuned afterwards, for decoders.
 LADDER_TUNED = (3.5, 4, 4.4)
 #: Encoders are measured at these sizes only.
@@ -105,6 +106,8 @@ def ours(extra: tuple[tuple[str, str, tuple[str, ...], str], ...] = ()) -> Itera
     for size in LADDER_WITHOUT_DATA:
         searched = ("quantize_weights.method=search",)
         yield _rung(code, f"{size:g} bits, without data", "int4-calibrated", searched, "ort-cpu-ops", size)
+    for size in LADDER_OF_OWN_TEXT:
+        yield _rung(code, f"{size:g} bits, own text", "int4-probed", (), "ort-cpu-ops", size)
     for size in LADDER_TUNED:
         tuned = _rung(code, f"{size:g} bits, tuned", "int4-tuned", (), "ort-cpu-ops", size)
         yield replace(tuned, kinds=("decoder",))
@@ -112,7 +115,7 @@ def ours(extra: tuple[tuple[str, str, tuple[str, ...], str], ...] = ()) -> Itera
 
 def _rung(code: str, label: str, preset: str, settings: tuple[str, ...], target: str, size: float) -> Contestant:
     changed = (*settings, f"quantize_weights.target_bits={size:g}")
-    kinds = ("decoder", "encoder") if size in _ENCODER_SIZES else ("decoder",)
+    kinds = ("decoder", "encoder") if size in _ENCODER_SIZES and preset != "int4-probed" else ("decoder",)
     make = partial(_compiled, preset, changed, target)
     return Contestant("ours", f"{label} ({target})", make, f"{code} {preset} {changed}", target, kinds)
 
