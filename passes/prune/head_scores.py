@@ -37,12 +37,18 @@ class Ranking:
         return np.sort(np.array(self.order[len(self.order) - left :], np.int64))
 
 
-def rank_groups(layer: HeadLayer, moments: StoredMoments | None) -> Ranking:
+def rank_groups(layer: HeadLayer, moments: StoredMoments | None, *, fitted: bool = True) -> Ranking:
     """Rank the key heads of an attention, each with its query heads.
 
     With data, greedily: of the heads that are left the one goes whose rows W_g cost least when all other rows make up
-    for them, tr(W_g^T ([H^-1]_gg)^-1 W_g) (optimal brain surgeon, Hassibi & Stork 1993, for a block of rows). Without,
-    by the norm of a head's rows times that of the columns that make its values.
+    for them, tr(W_g^T ([H^-1]_gg)^-1 W_g) (optimal brain surgeon, Hassibi & Stork 1993, for a block of rows). Where
+    nothing is fitted they do not, and it costs what it adds to the squared error of all that are gone. Without data, by
+    the norm of a head's rows times that of the columns that make its values.
+
+    Args:
+        layer: The attention.
+        moments: Of the summing product's input, if there are data.
+        fitted: Whether the rows that are left will be fitted.
     """
     weight = _rows_first(layer.product)
     groups = [layer.rows(np.array([g])) for g in range(layer.groups)]
@@ -51,6 +57,8 @@ def rank_groups(layer: HeadLayer, moments: StoredMoments | None) -> Ranking:
     if gram is None or factor is None:
         return _by_norm(layer, weight, groups)
     signal = float(np.einsum("kn,kn->", gram @ weight, weight))
+    if not fitted:
+        return _by_loss(weight, gram, groups, signal or 1.0)
     return _by_surgery(weight, np.asarray(factor, np.float64), groups, signal or 1.0)
 
 
@@ -88,6 +96,21 @@ def _by_surgery(weight: Array, factor: Array, groups: Sequence[NDArray[np.int64]
         work -= change[:, : work.shape[1]]
         inverse -= change[:, work.shape[1] :]
     return Ranking((*order, *left), tuple(costs))
+
+
+def _by_loss(weight: Array, gram: Array, groups: Sequence[NDArray[np.int64]], signal: float) -> Ranking:
+    # With parts P_g = X_g W_g of the output, the inner products of all pairs say what any set of them costs.
+    inner = np.array(
+        [[np.einsum("kn,kn->", gram[np.ix_(a, b)] @ weight[b], weight[a]) for b in groups] for a in groups]
+    )
+    left, gone = list(range(len(groups))), list[int]()
+    costs: list[float] = []
+    while len(left) > 1:
+        added = [float(inner[g, g] + 2 * inner[g, gone].sum()) for g in left]
+        best = int(np.argmin(added))
+        costs.append(added[best] / signal)
+        gone.append(left.pop(best))
+    return Ranking((*gone, *left), tuple(costs))
 
 
 def _by_norm(layer: HeadLayer, weight: Array, groups: Sequence[NDArray[np.int64]]) -> Ranking:

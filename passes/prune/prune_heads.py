@@ -110,7 +110,7 @@ class PruneHeads(Pass):
         layers = self._chosen(find_head_layers(model, change), change)
         layers = self._all_or_none(model, layers, change)
         moments = [self._moments(context, layer, change) for layer in layers]
-        rankings = [rank_groups(layer, found) for layer, found in zip(layers, moments, strict=True)]
+        rankings = [rank_groups(layer, found, fitted=self.refit) for layer, found in zip(layers, moments, strict=True)]
         entries: list[dict[str, Any]] = []
         for layer, found, groups in zip(layers, moments, self._kept(layers, rankings), strict=True):
             if len(groups) == layer.groups:

@@ -120,12 +120,8 @@ class PruneWeights(Pass):
             what = "these options need calibration data"
             context.need_statistics(what, self.name, "use method=magnitude alone")
         if self.method in FIGURES:
-            if context.gradients is None:
-                what = f"method={self.method} needs the gradients of a compile"
-                raise UsageError(
-                    what, where=self.name, todo="run it with `onnxslim-llm compile`, or use method=sparsegpt"
-                )
-            import onnxslim_llm.gradients.backend  # noqa: F401  # says what to install
+            what = f"method={self.method} needs gradients of the model's answer"
+            context.need_gradients(what, self.name, "use method=sparsegpt")
 
     def apply(self, model: Model, context: Context) -> Change:
         """Record the work; it is done at save."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import SparseTensorProto
+from onnx import SparseTensorProto, TensorProto
 
 from onnxslim_llm.custom_ops import available, ops, packed, sparse, sparse_kernels
 from onnxslim_llm.errors import UsageError
@@ -54,6 +54,7 @@ class StoreSparse(Pass):
         - it has fewer than `min_elements` elements, or is of no float type and no weight of our operators;
         - it is a graph output, a graph input that the caller may replace, or shares its bytes with another initializer;
         - rows of it are looked up, too;
+        - it should be a weight of our operators, but is damaged;
         - all sparse initializers together would exceed 1 GiB: they cannot lie in a file of their own.
 
     Attributes:
@@ -116,10 +117,17 @@ class StoreSparse(Pass):
         copies, chosen, tensors = SparseCopies(), [], []
         for constant in multiplied:
             weight = weight_of(constant)
+            if weight.onnx_dtype != TensorProto.UINT8 or len(weight.shape) != 1:
+                change.skip(constant.name, "it is no string of bytes, as packed weights are")
+                continue
             data = weight.view()
             if sparse.is_sparse(data[: packed.HEADER_BYTES]):
                 continue
-            scheme = packed.parse(data)
+            try:
+                scheme = packed.parse(data)
+            except ValueError as error:
+                change.skip(constant.name, str(error))
+                continue
             if scheme.rows * scheme.columns < self.min_elements:
                 continue
             reason = _reason(constant, outputs, 1)

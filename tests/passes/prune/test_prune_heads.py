@@ -14,14 +14,18 @@ from transformer_models import HEADS, KV_HEADS, SIZE, Habits, assert_same_logits
 from onnxslim_llm.concepts.attention import is_attention
 from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.model import Model, from_proto
+from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.topology import sort_nodes
 from onnxslim_llm.ir.weights import ArrayWeight, constant, weight_of
 from onnxslim_llm.passes.cleanup.remove_dead_code import RemoveDeadCode
-from onnxslim_llm.passes.prune.head_scores import Ranking, leave_out
+from onnxslim_llm.passes.prune.head_scores import Ranking, leave_out, rank_groups
 from onnxslim_llm.passes.prune.prune_heads import PruneHeads
+from onnxslim_llm.passes.prune.refit_rows_job import fitted_rows
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
+from onnxslim_llm.products.heads import find_head_layers
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.edit import Builder, redirect
+from onnxslim_llm.rewrite.passes import Change
 from onnxslim_llm.rewrite.pipeline import PassRecord, Pipeline
 
 WIDTH = SIZE // HEADS
@@ -51,6 +55,11 @@ def pruned(model: Model, context: Context | None = None, **options: Any) -> tupl
     after = model.copy()
     steps = [PruneHeads(**{"share": 0.5, "refit": False, **options})]
     return after, Pipeline(steps).run(after, context or Context())[0]
+
+
+def inferred(model: Model) -> Model:
+    infer_shapes(model)
+    return model
 
 
 def reasons(record: PassRecord) -> str:
@@ -163,6 +172,28 @@ def test_without_uniform_the_cheapest_of_all_go() -> None:
     assert attentions(after) == [(2, 1), (4, 2)]
     assert "heads of other attentions cost less" in reasons(record)
     assert record.detail["config"] == {}
+
+
+def test_costs_are_what_is_lost(tmp_path: Path) -> None:
+    """Of one attention: the error of the product behind it on the data, with and without the fit."""
+    habits = Habits()
+    model = inferred(transformer(habits))
+    statistics = statistics_of(model, habits, tmp_path)
+    layer = find_head_layers(model, Change())[0]
+    moments = statistics.of_weight("0.o")
+    assert moments is not None
+    gram = moments.load().fit.gram
+    assert gram is not None
+    values = weight_of(weight(model, "0.o")).load().astype(np.float64)
+    signal = np.einsum("kn,kn->", gram @ values, values)
+    for fitted in (False, True):
+        ranking = rank_groups(layer, moments, fitted=fitted)
+        kept = layer.rows(ranking.kept(1))
+        change = values.copy()
+        change[kept] -= fitted_rows(values, kept, gram) if fitted else values[kept]
+        lost = np.einsum("kn,kn->", gram @ change, change) / signal
+        # The damping of the least squares, 1 % of the mean diagonal, is in the costs and not in the loss.
+        assert ranking.costs[0] == pytest.approx(lost, rel=0.1 if fitted else 1e-6)
 
 
 def test_the_cheapest_heads_of_all_attentions() -> None:

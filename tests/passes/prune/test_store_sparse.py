@@ -183,3 +183,15 @@ def test_another_compile_for_the_same_target_leaves_them_sparse() -> None:
     record, *_ = Pipeline("raise_block_weights").run(model, Context(target=get_target("ort-cpu-ops")))
     assert [skip.reason for skip in record.skipped] == ["it is stored sparse, as the target takes it"]
     np.testing.assert_array_equal(weight_of(model.graph.tensors()["B"]).view(), before)
+
+
+def test_damaged_weights_are_left_alone() -> None:
+    for damaged, reason in (
+        (lambda data: data[:-1], "the packed weight has"),
+        (lambda data: data.astype(np.float32), "it is no string of bytes, as packed weights are"),
+    ):
+        source, weight = packed_product(0.6)
+        source.graph.initializer[0].CopyFrom(numpy_helper.from_array(damaged(weight), "B"))
+        (record,) = Pipeline([StoreSparse()]).run(model_of(source))
+        assert not record.changed
+        assert skipped(record)["B"].startswith(reason)
