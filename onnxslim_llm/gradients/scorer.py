@@ -53,6 +53,10 @@ class GradientScorer:
     threads: int = 0
     progress: Callable[[int, int], None] = field(default=lambda done, total: None)
 
+    def check(self) -> None:
+        """See `GradientSource.check`."""
+        import onnxslim_llm.gradients.backend  # noqa: F401  # it says what to install
+
     def figures(self, model: Model, weights: Sequence[str], figure: Figure) -> Mapping[str, StoredFigures]:
         """See `GradientSource.figures`."""
         from onnxslim_llm.gradients.executor import Executor

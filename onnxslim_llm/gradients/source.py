@@ -44,6 +44,14 @@ class StoredFigures:
 class GradientSource(Protocol):
     """Computes figures of gradients on the calibration data."""
 
+    def check(self) -> None:
+        """Check that what computes them is there.
+
+        Raises:
+            ResourceError: Torch is not installed.
+        """
+        ...
+
     def figures(self, model: Model, weights: Sequence[str], figure: Figure) -> Mapping[str, StoredFigures]:
         """Return a figure for every element of some weights, at the point where the model is now.
 

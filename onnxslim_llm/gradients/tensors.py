@@ -63,7 +63,7 @@ def torch_type(onnx_dtype: int) -> Any:
     """
     if onnx_dtype not in _TYPES:
         name = dtypes.dtype_name(onnx_dtype)
-        raise ModelError(f"gradients cannot be computed through values of type {name}", where="")
+        raise ModelError(f"gradients cannot be computed through values of type {name}")
     return _TYPES[onnx_dtype]
 
 
@@ -76,13 +76,19 @@ def as_tensor(values: NDArray[Any] | Tensor) -> Tensor:
     """Return an array as a tensor, without a copy where types and layout allow it; a tensor as it is.
 
     Nobody writes into the result: it may be a mapped file.
+
+    Raises:
+        ModelError: Strings.
     """
     if isinstance(values, torch.Tensor):
         return values
     array = np.asarray(values)
-    wide = _WIDENED.get(array.dtype.name)
+    name = array.dtype.name
+    wide = _WIDENED.get(name, np.float32 if name.startswith(("float8", "float4")) else None)
     if wide is not None:
         array = array.astype(wide)
+    if array.dtype.kind not in "biufc":
+        raise ModelError(f"gradients cannot be computed through values of type {name}")
     if not array.flags.aligned or min(array.strides, default=0) < 0:
         array = array.copy()
     with warnings.catch_warnings():

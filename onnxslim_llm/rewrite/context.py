@@ -69,3 +69,20 @@ class Context:
         if self.statistics is None:
             todo = "give --calib FILE or --calib self (text sampled from the model)"
             raise UsageError(what, where=where, todo=f"{todo}, or {otherwise}" if otherwise else todo)
+
+    def need_gradients(self, what: str, where: str, otherwise: str = "") -> None:
+        """Check that gradients can be computed.
+
+        Args:
+            what: What cannot be done without them, as a sentence.
+            where: Name of the pass.
+            otherwise: What else the user could do.
+
+        Raises:
+            UsageError: There is no source model to run.
+            ResourceError: Torch is not installed.
+        """
+        if self.gradients is None:
+            todo = "compile a model with calibration data"
+            raise UsageError(what, where=where, todo=f"{todo}, or {otherwise}" if otherwise else todo)
+        self.gradients.check()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -14,6 +15,7 @@ from gradient_models import executor_of, model_of, proto_of, runtime_results  # 
 
 from onnxslim_llm.errors import ModelError, UsageError  # noqa: E402
 from onnxslim_llm.gradients.executor import Executor, unsupported  # noqa: E402
+from onnxslim_llm.gradients.tensors import as_tensor  # noqa: E402
 from onnxslim_llm.ir.model import open_model  # noqa: E402
 
 TWO = "agraph (float[m, 3] x) => (float[m, 2] y) { a = MatMul (x, W) b = Tanh (a) y = MatMul (b, V) }"
@@ -99,3 +101,16 @@ def test_bad_calls_say_what_is_wrong() -> None:
         executor.weight("a")
     with pytest.raises(ModelError, match="MatMul cannot be computed"):
         executor.run({"x": rows()[:, :2]})
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "bfloat16", "float16"])
+def test_short_floats_are_widened_exactly(kind: str) -> None:
+    array = np.array([0.5, -1.75, 0], ml_dtypes.finfo(kind).dtype if kind != "float16" else np.float16)
+    found = as_tensor(array)
+    assert found.dtype is torch.float32
+    assert found.tolist() == [0.5, -1.75, 0.0]
+
+
+def test_strings_are_refused() -> None:
+    with pytest.raises(ModelError, match="cannot be computed through values of type"):
+        as_tensor(np.array(["a"]))
