@@ -48,7 +48,7 @@ class Recipe(BaseModel):
         name: Name of the preset, or the file's stem.
         description: What it does, in one line.
         when: When to use it, in one line.
-        gates: Which set of verification gates the artifact has to pass.
+        gates: Which set of verification gates the artifact has to pass; "none" asks for finite results only.
         passes: The steps, in order.
     """
 
@@ -57,7 +57,7 @@ class Recipe(BaseModel):
     name: str
     description: str = ""
     when: str = ""
-    gates: Literal["lossless", "int8", "w8a8", "int4"] = "lossless"
+    gates: Literal["lossless", "int8", "w8a8", "int4", "int3", "int2", "none"] = "lossless"
     passes: tuple[Step, ...] = Field(default=())
 
     @classmethod
