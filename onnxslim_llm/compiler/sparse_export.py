@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxslim_llm.custom_ops import matmul_reference, ops, sparse
-from onnxslim_llm.errors import ResourceError, UsageError
+from onnxslim_llm.custom_ops import available, matmul_reference, ops, sparse, sparse_kernels
+from onnxslim_llm.errors import ModelError, ResourceError, UsageError
 from onnxslim_llm.ir.model import open_model
 from onnxslim_llm.ir.weights import weight_of
 
@@ -49,6 +49,7 @@ def export_sparse(path: Path, folder: Path, layout: SparseFormat) -> list[dict[s
 
     Raises:
         UsageError: The folder holds something already, or no matrix of the model is sparse.
+        ModelError: A sparse weight is damaged.
         ResourceError: It cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -79,7 +80,7 @@ def _matrices(model: Model) -> Iterator[tuple[str, Array]]:
         id(node.inputs[1])
         for graph in model.all_graphs()
         for node in graph.nodes
-        if (node.domain, node.op) == (ops.DOMAIN, "MatMulPacked")
+        if (node.domain, node.op) == (ops.DOMAIN, "MatMulPacked") and len(node.inputs) > 1
     }
     for constant in model.constants():
         if not isinstance(constant, gs.Constant):
@@ -88,11 +89,19 @@ def _matrices(model: Model) -> Iterator[tuple[str, Array]]:
         if id(constant) in packed:
             data = weight.view()
             if sparse.is_sparse(data[: len(sparse.MAGIC)]):
-                yield constant.name, matmul_reference.dequantize(sparse.expand(data))
+                yield constant.name, matmul_reference.dequantize(_expanded(constant.name, data))
         elif len(weight.shape) == 2 and weight.size and str(weight.dtype) in _FLOATS:
             values = weight.view()
             yield constant.name, values if values.dtype == np.float64 else values.astype(np.float32)
             weight.release()
+
+
+def _expanded(name: str, data: Array) -> Array:
+    try:
+        return sparse_kernels.expand(data) if available() else sparse.expand(data)
+    except ValueError as error:
+        todo = "compile the source again"
+        raise ModelError(f"a sparse weight is damaged: {error}", where=f"tensor '{name}'", todo=todo) from error
 
 
 def _write(file: Path, matrix: Array, layout: SparseFormat) -> int:

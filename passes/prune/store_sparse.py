@@ -162,7 +162,7 @@ def _packed_constants(model: Model) -> tuple[list[gs.Constant], set[int]]:
     looked_up: set[int] = set()
     for node in (node for graph in model.all_graphs() for node in graph.nodes if node.domain == ops.DOMAIN):
         place = {"MatMulPacked": 1, "GatherPacked": 0}.get(node.op)
-        if place is None or not isinstance(node.inputs[place], gs.Constant):
+        if place is None or len(node.inputs) <= place or not isinstance(node.inputs[place], gs.Constant):
             continue
         if place:
             multiplied[id(node.inputs[1])] = node.inputs[1]

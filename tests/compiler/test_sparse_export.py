@@ -15,7 +15,7 @@ from onnxslim_llm.compiler.sparse_export import INDEX, SparseFormat, export_spar
 from onnxslim_llm.custom_ops import matmul_reference, ops, packed, sparse
 from onnxslim_llm.custom_ops.packed import PackedScheme
 from onnxslim_llm.custom_ops.packing import pack_bits
-from onnxslim_llm.errors import UsageError
+from onnxslim_llm.errors import ModelError, UsageError
 
 Array = np.ndarray[Any, Any]
 FORMATS: tuple[SparseFormat, ...] = ("csr", "csc")
@@ -93,3 +93,9 @@ def test_nothing_sparse_and_a_folder_in_use_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="is not empty"):
         export_sparse(model, tmp_path, "csr")
+
+
+def test_a_damaged_weight_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="a sparse weight is damaged") as caught:
+        export_sparse(saved(tmp_path, B=sparse_codes()[:-1]), tmp_path / "out", "csr")
+    assert caught.value.where == "tensor 'B'"
