@@ -27,6 +27,7 @@ from recorded import Recorded  # noqa: E402
 from subjects import SAMPLE_NAME, Subject, sample, story, story_names  # noqa: E402
 
 from onnxslim_llm.compiler.calibration import Calibrator  # noqa: E402
+from onnxslim_llm.compiler.lowering import in_order  # noqa: E402
 from onnxslim_llm.compiler.observation import make_gradient_source  # noqa: E402
 from onnxslim_llm.compiler.progress import Silent  # noqa: E402
 from onnxslim_llm.ir.model import Model, open_model  # noqa: E402
@@ -77,7 +78,7 @@ class Bench:
         target = get_target("portable")
         model = open_model(self.subject.model)
         Pipeline(Recipe.load("safe").build()).run(model, Context(target=target))
-        pipeline = Pipeline([*Pipeline(passes).passes, *Pipeline(target.lowering).passes])
+        pipeline = Pipeline(in_order(Pipeline(passes).passes, Pipeline(target.lowering).passes))
         statistics = self.calibrator.wanted_by(pipeline.passes)
         pipeline.run(model, Context(target=target, statistics=statistics, gradients=self.gradients))
         with tempfile.TemporaryDirectory() as folder:
