@@ -25,7 +25,7 @@ __all__ = ["CalibratedJob", "PlaneJob"]
 Array = NDArray[Any]
 
 #: Part of the fingerprint: raise it when the same statistics give other bytes.
-_VERSION = 4
+_VERSION = 5
 #: Columns of a tile: enough for matrix products to be efficient, few enough for all threads to have some.
 _TILE_COLUMNS = 512
 

