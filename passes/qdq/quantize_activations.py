@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ class QuantizeActivations(Pass):
     Skips when:
         - the target has no rule for the operator, or a restriction of its own;
         - the node's name matches `exclude`;
-        - it is more sensitive than `sensitive_below_db` and the target has no wider codes;
+        - it is more sensitive than `float_below_db` and the target has no wider codes;
         - its weight is computed and the target multiplies with stored weights only; or it is stored in a type or in
           blocks that the target multiplies with float activations;
         - Gemm transposes its input or scales its product, or its bias is computed;
@@ -73,8 +74,10 @@ class QuantizeActivations(Pass):
             least squared error; "moving_average" of the extremes of samples.
         percentile: For that calibrator: percentage of values that are not clipped.
         symmetric: Zero points in the middle of the codes.
-        sensitive_below_db: Nodes whose result would have a lower signal-to-noise ratio, in dB, get 16-bit codes; where
-            the target has none they stay float. 0 asks for nothing.
+        sensitive_below_db: Nodes whose result would have a lower signal-to-noise ratio, in dB, get 16-bit codes. 0 asks
+            for nothing.
+        float_below_db: Where the target has no 16-bit codes, nodes with a lower ratio stay float; -1: the same limit;
+            0: none.
         exclude: Regular expressions; nodes whose name has a match stay float.
     """
 
@@ -89,6 +92,7 @@ class QuantizeActivations(Pass):
     percentile: float = 99.99
     symmetric: bool = False
     sensitive_below_db: float = 0.0
+    float_below_db: float = -1.0
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -226,6 +230,9 @@ class QuantizeActivations(Pass):
         ]
         if wide is not None:
             return nodes, groups, wide, with_makers(found, nodes) | blocked
+        if self.float_below_db >= 0:
+            limit = self.float_below_db or -math.inf
+            found = [item for item in found if quality[id(item.node)] < limit]
         for item in found:
             change.skip(item.label, f"rounded inputs would leave it {quality[id(item.node)]:.0f} dB: it stays float")
         gone = {id(item.node) for item in found}

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import sysconfig
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +17,14 @@ import pytest
 
 import onnxslim_llm as osl
 from onnxslim_llm.compiler.legality import IllegalGraphError, check_legal
-from onnxslim_llm.errors import ResourceError, UsageError
+from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.model import from_proto
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.targets import get_target
 from onnxslim_llm.targets.base import VendorError
 from onnxslim_llm.targets.htp_lint import INT4, INT4_BLOCKS
 from onnxslim_llm.targets.qnn_htp import CONTEXT_NAME, PLACEMENT_NAME, QNN_HTP, refused_nodes
+from onnxslim_llm.targets.qnn_provider import PACKAGE
 
 SHAPE = "batch=1,seq=8,past=0,total=8"
 #: Of a decoder's outputs to those in float32: published for 16-bit activations; 0.99993 was measured on the sample.
@@ -132,12 +137,29 @@ def test_options() -> None:
         get_target("portable").with_options({"htp_arch": "73"})
 
 
-def test_the_vendor_package_is_missing(small_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    missing = replace(QNN_HTP, package="no-such-package-1")
-    with pytest.raises(ResourceError) as caught:
-        missing.require()
-    assert caught.value.exit_code == 5
-    assert caught.value.todo == 'pip install "onnxslim-llm[qnn]"'
+def without(package: str, folder: Path) -> dict[str, str]:
+    """Return variables for `python -S`: an environment like this one, but for what the package has installed."""
+    for site in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        for entry in Path(site).iterdir():
+            if not entry.name.startswith(package.replace("-", "_")) and not (folder / entry.name).exists():
+                (folder / entry.name).symlink_to(entry)
+    paths = [str(Path(osl.__file__).resolve().parents[1]), str(folder)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def test_the_vendor_package_is_missing(small_decoder: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    out = tmp_path / "out"
+    command = [sys.executable, "-S", "-m", "onnxslim_llm", "compile", small_decoder, "-o", out, "--target", "qnn-htp"]
+    done = subprocess.run(
+        [*map(str, command), "--shape", SHAPE], env=without(PACKAGE, site), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 5, done.stderr
+    assert "onnxruntime-qnn is not installed" in done.stderr
+    assert 'pip install "onnxslim-llm[qnn]"' in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not out.exists()
 
 
 def test_the_size_that_is_missing_is_named(small_decoder: Path, tmp_path: Path) -> None:
@@ -214,6 +236,34 @@ def test_nodes_for_the_cpu_fail_the_compile(tmp_path: Path) -> None:
     assert "Atanh" in caught.value.what
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.failed.log").stat().st_size > 0
+
+
+@pytest.mark.runtimes
+@needs_qnn
+def test_a_pair_of_graphs_in_the_simulator(small_decoder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "tokens.jsonl"
+    data.write_text(json.dumps({"tokens": np.random.default_rng(0).integers(0, 64, 1024).tolist()}))
+    shape = ("batch=1", "prefill:seq=8,past=0,total=8", "decode:seq=1,past=15,total=16")
+    options = {"share_weights": "1"}
+    result = osl.compile(
+        small_decoder,
+        tmp_path / "out",
+        target="qnn-htp",
+        recipe="w8a16",
+        shape=shape,
+        calib=data,
+        target_options=options,
+    )
+    found = result.manifest.generation
+    assert found is not None
+    assert found.top1_agreement == 1.0
+    for graph in result.manifest.graphs:
+        assert graph.verify is not None
+        assert (graph.verify.cosine or 0) >= COSINE_16
+    own = [sum(file.stat().st_size for file in result.path.glob(f"{stem}_ctx*.bin")) for stem in ("model", "decode")]
+    shared = sum(file.stat().st_size for file in result.path.glob("*_shared_ctx*.bin"))
+    assert 0 < shared < sum(own)
+    assert len(list(result.path.glob("*.data"))) <= 1
 
 
 @pytest.mark.runtimes

@@ -189,6 +189,8 @@ def test_sensitive_products_stay_float_where_there_is_nothing_wider() -> None:
     assert "stays float" in reason(record, "spiky")
     assert record.detail["operators"] == {"MatMul": 1}
     np.testing.assert_array_equal(run(model, {"x": x})["y"], run(source, {"x": x})["y"])
+    _, record, _ = quantized(source, {"x": x}, sensitive_below_db=20, float_below_db=0, calibrator="minmax")
+    assert record.detail["operators"] == {"MatMul": 2}
 
 
 class TestSkips:
