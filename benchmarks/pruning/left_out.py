@@ -11,6 +11,7 @@ benchmarks/quality/subjects.py.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -103,11 +104,14 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with the story models")
+    parser.add_argument("--models", default="*", help="pattern of names")
+    parser.add_argument("--table", choices=TABLES, help="only this one")
     parser.add_argument("--work", type=Path, help="where models and calibration data are prepared; kept")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        found = list(subjects(args.data, args.work or Path(scratch)))
-        for measure, head in TABLES.values():
+        named = (s for s in subjects(args.data, args.work or Path(scratch)) if fnmatch.fnmatch(s.name, args.models))
+        found = list(named)
+        for measure, head in [TABLES[args.table]] if args.table else TABLES.values():
             print("| " + " | ".join(head) + " |\n|" + "---|" * len(head), flush=True)
             for subject in found:
                 for cells in measure(subject, Path(scratch)):
