@@ -18,6 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
 
@@ -26,13 +29,24 @@ from subjects import Subject, minilm, sample, story, story_names  # noqa: E402
 
 from onnxslim_llm.artifact.manifest import Manifest  # noqa: E402
 from onnxslim_llm.compiler import compile as compile_model  # noqa: E402
+from onnxslim_llm.compiler.calibration import Calibrator  # noqa: E402
+from onnxslim_llm.compiler.progress import Silent  # noqa: E402
+from onnxslim_llm.ir.model import open_model  # noqa: E402
+from onnxslim_llm.ir.weights import weight_of  # noqa: E402
+from onnxslim_llm.passes.prune.refit_rows_job import fitted_rows  # noqa: E402
+from onnxslim_llm.products.hidden import find_hidden_layers  # noqa: E402
 from onnxslim_llm.recipe import Recipe, Step  # noqa: E402
+from onnxslim_llm.rewrite.passes import Change  # noqa: E402
+from onnxslim_llm.rewrite.pipeline import Pipeline  # noqa: E402
 from onnxslim_llm.runtime.session import open_session  # noqa: E402
+from onnxslim_llm.stats.statistics import Collected  # noqa: E402
 from onnxslim_llm.verify.quality import evaluate_tokens  # noqa: E402
 
 LIMITS = (0.001, 0.01, 0.03, 0.1)
 MIN_COUNTS = (1, 3, 10, 30)
+SHARES = (0.75, 0.5)  # of the channels that are left where biases are compared
 TOKENS = 8192
+Array = NDArray[Any]
 
 
 def left_out(subject: Subject, work: Path, step: dict[str, Any]) -> tuple[Manifest, float, float]:
@@ -83,9 +97,47 @@ def tokens(subject: Subject, work: Path) -> Iterator[list[str]]:
         yield [subject.name, str(least), *cells]
 
 
+def biases(subject: Subject, work: Path) -> Iterator[list[str]]:
+    """Measure what a bias adds to fitted rows: relative squared errors of each layer's output on held-out samples."""
+    folder = work / f"statistics {subject.name}"
+    statistics = Calibrator(subject.model, subject.calibration, folder, 1, Silent()).statistics()
+    model = open_model(subject.model)
+    Pipeline(Recipe.load("safe").build()).run(model)
+    assert statistics is not None
+    for layer in find_hidden_layers(model, Change()):
+        stored = statistics.of_weight(layer.weight.name)
+        if stored is None:
+            continue
+        collected = stored.load()
+        source = weight_of(layer.weight).view().astype(np.float64)
+        weight = source if layer.k_axis == 0 else source.T
+        for share in SHARES:
+            kept = np.sort(
+                np.argsort(-np.square(weight).sum(1) * collected.fit.mean_square)[: round(len(weight) * share)]
+            )
+            yield [subject.name, f"{share:g}", *(f"{e:.4f}" for e in _errors(weight, kept, collected))]
+
+
+def _errors(weight: Array, kept: Array, collected: Collected) -> Iterator[float]:
+    """Yield the errors of the rows that are left, fitted ones, these with a bias, and rows and bias fitted together."""
+    fit, held = collected.fit, collected.held
+    assert fit.gram is not None
+    assert held.gram is not None
+    centred = fit.gram - fit.count * np.outer(fit.mean, fit.mean)
+    fitted, together = (fitted_rows(weight, kept, gram) for gram in (fit.gram, centred))
+    signal = np.einsum("kn,kn->", weight, held.gram @ weight)
+    for rows, biased in ((weight[kept], False), (fitted, False), (fitted, True), (together, True)):
+        change = weight.copy()
+        change[kept] -= rows
+        bias = fit.mean @ change if biased else np.zeros(weight.shape[1])
+        lost = np.einsum("kn,kn->", change, held.gram @ change)
+        yield float((lost + held.count * ((bias - 2 * held.mean @ change) @ bias)) / signal)
+
+
 TABLES = {
     "channels": (channels, ["model", "limit", "channels left out", "bytes", "KL or 1 - cos"]),
     "tokens": (tokens, ["model", "min_count", "tokens kept", "bytes", "ratio", "held-out gone", "KL or 1 - cos"]),
+    "biases": (biases, ["model", "left", "rows as they were", "fitted", "and a bias", "fitted together"]),
 }
 
 
