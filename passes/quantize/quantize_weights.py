@@ -89,10 +89,10 @@ class QuantizeWeights(Pass):
         exclude: Regular expressions; weights with a match in their own name or in that of a reader are left alone.
         scopes: Other options by name: each entry has `match`, a regular expression as in `exclude`, and any of bits (0
             leaves alone), block, symmetric, method, scale_dtype. Later entries win.
-        target_bits: Bits per weight, scales and zero points included, that all weights together may take; 0 leaves the
-            choice to the other options. Otherwise bits and blocks are shared out so that the expected KL divergence is
-            least, and `bits`, `block` and the options by role do not count, except that 0 leaves alone. Scopes that
-            name bits or a block hold.
+        target_bits: Bits per weight that all weights together may take, scales, zero points and the padding of the
+            target's layout included; 0 leaves the choice to the other options. Otherwise bits, blocks and, unless
+            `symmetric`, zero points are shared out so that the expected KL divergence is least, and `bits`, `block`
+            and the options by role do not count, except that 0 leaves alone. Scopes that name bits or a block hold.
         widths: Bits that weights may get by `target_bits`; default: all that the target can store.
         scale_dtype: Type that scales are stored in: "activation" is that of the activations; "float16" saves
             16 / block bits a weight, and the runtime converts them when it loads the model.
