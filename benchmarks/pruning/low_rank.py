@@ -108,7 +108,7 @@ def splits(bench: Bench) -> Iterator[list[str]]:
     for ratio in RATIOS:
         taken = 0
         for method in METHODS:
-            result = bench.measure(f"split_low_rank{{method={method}, ratio={ratio}}}")
+            result = bench.measure(f"split_low_rank{{method={method}, ratio={ratio}, shared=false}}")
             assert result.parameters is not None
             taken = result.parameters[1]
             yield [bench.subject.name, method, f"{ratio} of each weight", *_split_cells(result)]

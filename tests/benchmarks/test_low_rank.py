@@ -11,8 +11,8 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks" / "pruning"))
 
 TOKENS = 2000
-#: "At most 4 % more": ranks are shared out by an estimate of what the graph takes; pages of the data file add to it.
-MOST_BYTES = 1.045
+#: "At most 4 % more bytes", of which 3.5 were measured.
+MOST_BYTES = 1.04
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +26,12 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.slow
 def test_whitened_beats_the_others_at_equal_rank_and_a_budget_beats_one_ratio(bench: Any) -> None:
-    plain, whitened = (bench.measure(f"split_low_rank{{method={m}, ratio=0.9}}") for m in ("svd", "whitened"))
+    plain, whitened = (
+        bench.measure(f"split_low_rank{{method={m}, ratio=0.9, shared=false}}") for m in ("svd", "whitened")
+    )
     assert whitened.loss < 0.5 * plain.loss
     assert whitened.parameters == plain.parameters
-    shared_out = bench.measure(f"split_low_rank{{budget={whitened.parameters[1]}, align=4}}")
+    shared_out = bench.measure(f"split_low_rank{{budget={whitened.parameters[1]}, shared=false, align=4}}")
     assert shared_out.parameters[1] <= whitened.parameters[1]
     assert shared_out.loss < 0.8 * whitened.loss
 
