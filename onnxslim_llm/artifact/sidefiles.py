@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from onnxslim_llm.artifact.manifest import MANIFEST_NAME, REPORT_NAME
@@ -58,17 +59,30 @@ def side_files(folder: Path, *, only_known: bool) -> tuple[list[Path], list[str]
     return taken, notes
 
 
-def carry_side_files(folder: Path, destination: Path, *, only_known: bool) -> tuple[list[str], list[str]]:
+def carry_side_files(
+    folder: Path, destination: Path, *, only_known: bool, stale: Collection[str] = ()
+) -> tuple[list[str], list[str]]:
     """Copy the side files of `folder` into `destination`; the names copied, and notes about those left behind.
 
     A file that is already in `destination` (the compiler wrote it) is never overwritten. Links are copied as files,
     since a model cache keeps its files behind links.
+
+    Args:
+        folder: The source model's folder.
+        destination: The artifact's folder.
+        only_known: See `side_files`.
+        stale: Names of files that say what is no longer so.
 
     Raises:
         OSError: A file cannot be read or written.
     """
     taken, notes = side_files(folder, only_known=only_known)
     fresh = [path for path in taken if not (destination / path.name).exists()]
+    lost = [path.name for path in fresh if path.name in stale]
+    notes += [
+        f"{name} is not carried along: it describes the source, and the artifact has other sizes" for name in lost
+    ]
+    fresh = [path for path in fresh if path.name not in lost]
     for path in fresh:
         shutil.copyfile(path, destination / path.name)
     return [path.name for path in fresh], notes

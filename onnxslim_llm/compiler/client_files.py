@@ -45,12 +45,12 @@ def write_client_files(
         OSError: It cannot be written.
     """
     try:
-        config = read_json_object(side_files / CONFIG_NAME) if changes else {}
+        given = read_json_object(side_files / CONFIG_NAME) if changes else {}
     except ModelError as error:
         return [], [f"{CONFIG_NAME} is not changed: {error.what}"]
     written = []
-    config = changed_config(config, changes)
-    if config:
+    config = changed_config(given, changes)
+    if config != given:
         _write(artifact.parent / CONFIG_NAME, config)
         written.append(CONFIG_NAME)
     model = open_model(artifact)

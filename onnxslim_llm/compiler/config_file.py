@@ -23,9 +23,12 @@ _LAYERS_GONE = "layers_gone"
 
 
 def config_changes(records: Iterable[PassRecord]) -> list[dict[str, Any]]:
-    """Return what passes have changed of what a configuration says, in order (`detail["config"]` of each)."""
+    """Return what passes have changed of what a configuration says, in order (`detail["config"]` of each).
+
+    An empty entry stands for something that no configuration can say.
+    """
     found = (record.detail.get("config") for record in records if not record.rolled_back)
-    return [dict(entry) for entry in found if entry]
+    return [dict(entry) for entry in found if entry is not None]
 
 
 def changed_config(config: Mapping[str, Any], changes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from onnxslim_llm.ir.model import open_model
 from onnxslim_llm.ir.proto.external import resolve_model_path
 from onnxslim_llm.recipe import Recipe
 from onnxslim_llm.rewrite.passes import Pass
+from onnxslim_llm.runtime.genai_config import GENAI_CONFIG_NAME
 from onnxslim_llm.targets import Target, get_target
 from onnxslim_llm.targets.base import VendorError
 
@@ -198,7 +199,8 @@ def compile(  # noqa: A001
                 plan.fixed.discard()
         changes = config_changes(account.passes)
         written, remarks = write_client_files(staging.directory / MODEL_NAME, path.parent, changes)
-        carried, notes = carry_side_files(path.parent, staging.directory, only_known=not folder)
+        stale = [GENAI_CONFIG_NAME] if changes else []
+        carried, notes = carry_side_files(path.parent, staging.directory, only_known=not folder, stale=stale)
         bundled, needs = bundle_operators(staging.directory / MODEL_NAME, bundle_ops)
         told = [note for plan in plans for note in (*plan.judge.notes, *plan.calibrator.notes)]
         account.notes += dict.fromkeys([*remarks, *notes, *needs, *told])

@@ -76,3 +76,26 @@ def test_a_model_that_is_no_decoder_gets_none_and_no_remark(tmp_path: Path) -> N
     )
     onnx.save(encoder, tmp_path / "model.onnx")
     assert write_client_files(tmp_path / "model.onnx", tmp_path) == ([], [])
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_after_structural_passes_no_file_says_what_is_no_longer_so(tmp_path: Path, uniform: bool) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    write(DecoderSpec(heads=8, kv_heads=4, head_dim=8), source / "model.onnx")
+    (source / "config.json").write_text('{"num_attention_heads": 8, "num_hidden_layers": 2}')
+    (source / "genai_config.json").write_text('{"model": {"type": "decoder", "decoder": {"num_key_value_heads": 4}}}')
+    recipe = tmp_path / "recipe.toml"
+    options = f"share = 0.4\nuniform = {str(uniform).lower()}\nrefit = false\n"
+    recipe.write_text(f'extends = "safe"\ngates = "none"\n[[passes]]\nname = "prune_heads"\n{options}')
+    result = compile_model(source, tmp_path / "out", recipe=recipe, verify="off")
+    config = json.loads((result.path / "config.json").read_text())
+    counts = {entry["heads"][1][1] for p in result.manifest.passes for entry in p.detail.get("layers", [])}
+    genai = result.path / "genai_config.json"
+    if uniform:
+        assert counts == {2}
+        assert config == {"num_attention_heads": 4, "num_hidden_layers": 2, "head_dim": 8}
+        assert json.loads(genai.read_text())["model"]["decoder"]["num_key_value_heads"] == 2
+    else:
+        assert not genai.exists()
+        assert any("genai_config.json is not carried along" in note for note in result.manifest.notes)

@@ -41,4 +41,5 @@ def test_only_what_was_not_undone_counts() -> None:
         PassRecord("cleanup", {}),
         PassRecord("prune_heads", {}, detail={"config": {}}),
     ]
-    assert config_changes(records) == [HEADS]
+    assert config_changes(records) == [HEADS, {}]
+    assert changed_config({"n_head": 8}, [{}]) == {"n_head": 8}
