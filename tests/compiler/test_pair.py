@@ -10,13 +10,16 @@ import pytest
 
 import onnxslim_llm as osl
 from onnxslim_llm.cli.sessions import open_decoder
-from onnxslim_llm.compiler.graphs import parse_graphs
+from onnxslim_llm.compiler.graphs import parse_graphs, shapes_of
 from onnxslim_llm.compiler.pair import PAIR_GATE, compare_texts
 from onnxslim_llm.errors import UsageError
+from onnxslim_llm.ir.model import open_model
+from onnxslim_llm.rewrite.registry import make_pass
 from onnxslim_llm.runtime.decoder import DecoderRunner
 from onnxslim_llm.runtime.generate import generate
 from onnxslim_llm.runtime.session import open_session
 from onnxslim_llm.runtime.static_pair import StaticPair
+from onnxslim_llm.targets import get_target
 
 SHAPES = ("batch=1", "prefill:seq=8,past=0,total=8", "decode:seq=1,past=15,total=16")
 #: float32 logits of a few units, computed in another order.
@@ -149,3 +152,13 @@ def test_only_decoders_have_pairs(tmp_path: Path) -> None:
     onnx.save(onnx.parser.parse_model(text), tmp_path / "model.onnx")
     with pytest.raises(UsageError, match="a pair of graphs needs a decoder"):
         osl.compile(tmp_path / "model.onnx", tmp_path / "out", shape=["prefill:n=2", "decode:n=1"])
+
+
+def test_tables_of_positions_have_a_row_that_nobody_reads(source: Path) -> None:
+    """The simulator of onnxruntime-qnn 2.7.0 reads the last of 64 rows of a narrow table wrongly."""
+    sizes = "batch=1,seq=8,past=0,total=8"
+    (shapes,) = shapes_of(open_model(source), get_target("qnn-htp"), parse_graphs(sizes))
+    (table,) = shapes.for_lowering([make_pass("fold_rotary_tables", {})])
+    assert table.options()["positions"] == 9
+    both = shapes_of(open_model(source), get_target("qnn-htp"), parse_graphs(SHAPES))
+    assert [each.positions for each in both] == [16, 16]
