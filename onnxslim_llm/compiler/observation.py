@@ -56,7 +56,7 @@ def make_tuner(calibrator: Calibrator) -> CodeTuner | None:
         return None
     return LogitTuner(
         calibrator.source,
-        SampleSource(calibrator, "tune codes").tokens,
+        SampleSource(calibrator, "tune codes").data,
         threads=calibrator.threads,
         progress=lambda done, total, text: calibrator.progress.advance(done, f"{text} (of {total} steps)"),
     )
@@ -81,24 +81,22 @@ class SampleSource:
         Raises:
             UsageError: The data do not fit the model.
         """
+        data = self.data()
+        if isinstance(data, TokenCalibration):
+            yield from _token_feeds(session, data)
+        else:
+            yield from data.feeds()
+
+    def data(self) -> Calibration:
+        """Return the data.
+
+        Raises:
+            UsageError: They do not fit the model.
+        """
         if self._data is None:
             self.calibrator.progress.stage(self.stage, None, "samples")
             self._data = self._read()
-        if isinstance(self._data, TokenCalibration):
-            yield from _token_feeds(session, self._data)
-        else:
-            yield from self._data.feeds()
-
-    def tokens(self) -> NDArray[np.int64] | None:
-        """Return the calibration tokens [n]; None where the data are arrays.
-
-        Raises:
-            UsageError: The data do not fit the model.
-        """
-        if self._data is None:
-            self.calibrator.progress.stage(self.stage, None, "steps")
-            self._data = self._read()
-        return self._data.tokens if isinstance(self._data, TokenCalibration) else None
+        return self._data
 
     def _read(self) -> Calibration:
         from onnxslim_llm.runtime.session import open_session

@@ -20,6 +20,7 @@ from onnxslim_llm.gradients.tuning import Codes, Tunable, TuningPlan, TuningResu
 from onnxslim_llm.runtime.decoder import DecoderRunner
 from onnxslim_llm.runtime.session import open_session
 from onnxslim_llm.runtime.signature import DecoderSignature, find_decoder
+from onnxslim_llm.stats.calibration import Calibration, TokenCalibration
 from onnxslim_llm.stats.observe import open_graph
 
 if TYPE_CHECKING:
@@ -55,13 +56,13 @@ class LogitTuner:
 
     Attributes:
         source: The .onnx file of the source model.
-        tokens: Returns the calibration tokens [n]; None where the data are no tokens.
+        data: Returns the calibration data.
         threads: Windows that run at a time.
         progress: Called after each step with (done, of how many, what to tell).
     """
 
     source: Path
-    tokens: Callable[[], Array | None]
+    data: Callable[[], Calibration]
     threads: int = 1
     progress: Callable[[int, int, str], None] = field(default=lambda done, total, text: None)
 
@@ -84,10 +85,11 @@ class LogitTuner:
             return _Run(pair, plan, data, [LatentCodes(weight) for weight in weights], pool, self.progress).result()
 
     def _windows(self, plan: TuningPlan, signature: DecoderSignature) -> _Windows:
-        tokens = self.tokens()
-        if tokens is None:
+        data = self.data()
+        if not isinstance(data, TokenCalibration):
             raise UsageError("tuning needs a text, not arrays", where="--calib", todo="give --calib TEXT, or self")
-        rows, length = signature.batch or 1, signature.length or plan.window
+        tokens, rows = data.tokens, signature.batch or 1
+        length = signature.length or min(plan.window, data.window)
         count = len(tokens) // (rows * length)
         if count < 2:
             what = f"{len(tokens)} tokens are too few to tune with: windows have {rows * length}, and one is held out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights  # noq
 from onnxslim_llm.passes.quantize.tune_codes import tunables  # noqa: E402
 from onnxslim_llm.rewrite.context import Context  # noqa: E402
 from onnxslim_llm.rewrite.passes import Change  # noqa: E402
+from onnxslim_llm.stats.calibration import TensorCalibration, TokenCalibration  # noqa: E402
 
 VOCAB, K, N, LEVELS = 48, 32, 64, 3
 PLAN = TuningPlan(steps=40, batch=2, window=32, code_rate=0.01, scale_rate=0.005, replaced=0.1, seed=0)
@@ -44,6 +46,10 @@ def text(count: int = 2048) -> np.ndarray:
     return np.random.default_rng(1).integers(0, VOCAB, count)
 
 
+def calibration(tokens: np.ndarray, window: int = 64) -> TokenCalibration:
+    return TokenCalibration(tokens, window, lambda ids: {"input_ids": ids})
+
+
 def quantized() -> Model:
     model = from_proto(source())
     quantizer = QuantizeWeights(bits=2, block=16, embedding_bits=8, lm_head_bits=2, sensitive=(), min_elements=0)
@@ -54,7 +60,7 @@ def quantized() -> Model:
 def tuner(folder: Path, tokens: Any = None, threads: int = 1) -> LogitTuner:
     file = folder / "source.onnx"
     onnx.save(source(), file)
-    return LogitTuner(file, lambda: text() if tokens is None else tokens, threads)
+    return LogitTuner(file, lambda: calibration(text() if tokens is None else tokens), threads)
 
 
 def tuned(folder: Path, plan: TuningPlan = PLAN, threads: int = 1) -> TuningResult:
@@ -81,7 +87,7 @@ def test_the_number_of_threads_does_not_show(tmp_path: Path) -> None:
 
 
 def test_what_gets_worse_is_not_taken(tmp_path: Path) -> None:
-    wild = TuningPlan(**{**PLAN.__dict__, "steps": 8, "code_rate": 0.5, "scale_rate": 0.1, "replaced": 1.0})
+    wild = replace(PLAN, steps=8, code_rate=0.5, scale_rate=0.1, replaced=1.0)
     model = quantized()
     start = tunables(model, Change())
     found = tuner(tmp_path).tune(model, start, wild)
@@ -147,4 +153,19 @@ def test_a_model_that_writes_no_text_is_refused(tmp_path: Path) -> None:
     )
     onnx.save(proto, tmp_path / "encoder.onnx")
     with pytest.raises(ModelError, match="where a model writes text"):
-        LogitTuner(tmp_path / "encoder.onnx", text).tune(from_proto(proto), [], PLAN)
+        LogitTuner(tmp_path / "encoder.onnx", lambda: calibration(text())).tune(from_proto(proto), [], PLAN)
+
+
+def test_arrays_are_refused(tmp_path: Path) -> None:
+    model, file = quantized(), tmp_path / "source.onnx"
+    onnx.save(source(), file)
+    with pytest.raises(UsageError, match="a text, not arrays"):
+        LogitTuner(file, lambda: TensorCalibration(())).tune(model, tunables(model, Change()), PLAN)
+
+
+def test_windows_are_no_longer_than_those_of_the_calibration(tmp_path: Path) -> None:
+    model = quantized()
+    made = tuner(tmp_path)
+    made.data = lambda: calibration(text(100), window=10)
+    found = made.tune(model, tunables(model, Change()), replace(PLAN, steps=1))
+    assert found.tokens == (80, 20)

@@ -26,6 +26,7 @@ from onnxslim_llm.passes.quantize.tune_codes import TuneCodes
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.passes import Change
 from onnxslim_llm.rewrite.pipeline import Pipeline
+from onnxslim_llm.stats.calibration import TokenCalibration
 
 VOCAB, K, N = 48, 32, 64
 QUANTIZER = QuantizeWeights(bits=2, block=16, embedding_bits=8, lm_head_bits=4, sensitive=(), min_elements=0)
@@ -51,7 +52,8 @@ def source() -> onnx.ModelProto:
 def context_of(folder: Path) -> Context:
     onnx.save(source(), folder / "source.onnx")
     tokens = np.random.default_rng(1).integers(0, VOCAB, 2048)
-    return Context(tuner=LogitTuner(folder / "source.onnx", lambda: tokens))
+    data = TokenCalibration(tokens, 64, lambda ids: {"input_ids": ids})
+    return Context(tuner=LogitTuner(folder / "source.onnx", lambda: data))
 
 
 def tuned(folder: Path, **options: Any) -> tuple[Model, Change]:
