@@ -107,7 +107,7 @@ class SplitLowRank(Pass):
         method: "whitened" (SVD-LLM) needs calibration data, and so does "asvd", which weighs channels by the root of
             mean |x|; "svd" needs none, and is much worse.
         shared: Weights that read one tensor (query, key and value; gate and up) get one A together: the better use of
-            parameters on all models measured.
+            parameters on the decoders measured (docs/pruning.md).
         align: Ranks that a rule computes are multiples of this.
         min_elements: Smaller weights are left alone.
         exclude: Regular expressions; weights with a match in their own name or in that of a reader are left alone.
