@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 import networkx as nx
 import onnx_graphsurgeon as gs
 
-from onnxslim_llm.concepts.attention import attention_form, is_attention
+from onnxslim_llm.concepts.attention import is_attention
 from onnxslim_llm.ir.roles import constant_roles
 from onnxslim_llm.ir.shapes import shape_of
 from onnxslim_llm.ir.topology import digraph
 from onnxslim_llm.products.attention import is_core
-from onnxslim_llm.products.caches import Cache, find_cache
+from onnxslim_llm.products.caches import Cache, caches_of
 from onnxslim_llm.rewrite.constants import constant_tensor
 from onnxslim_llm.rewrite.schema import normal_domain
 
@@ -33,7 +33,6 @@ __all__ = ["ResidualBlock", "find_blocks"]
 
 _WATCHERS = frozenset({"Shape", "Size"})
 _SINK = -1  # the model's answer, as a vertex of the flow
-_FIRST_CACHE = 3  # among the inputs of an attention
 _CROSS = "it attends to something else than what is in the residual stream"
 
 
@@ -237,14 +236,10 @@ class _Search:
             return "" if len(node.outputs) == 1 else f"its attention is the operator {node.op} already"
         if not any(node.inputs[1].inputs and node.inputs[1].inputs[0] is other for other in block.nodes):
             return _CROSS
-        form = attention_form(node)
-        for offset in (0, 1):
-            past = node.inputs[_FIRST_CACHE + offset] if form.past else None
-            present = node.outputs[1 + offset] if form.present else None
-            cache = find_cache(self.model, node, past, present, int(node.attrs["kv_num_heads"]))
-            if isinstance(cache, str):
-                return cache
-            block.caches += [] if cache is None else [cache]
+        caches = caches_of(self.model, node)
+        if isinstance(caches, str):
+            return caches
+        block.caches = caches
         return ""
 
     def _leaks(self, block: ResidualBlock, inner: set[int], last: int) -> str:

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxslim_llm.concepts.attention import attention_form
 from onnxslim_llm.rewrite.constants import constant_value
 from onnxslim_llm.rewrite.schema import normal_domain
 
 if TYPE_CHECKING:
     from onnxslim_llm.ir.model import Model
 
-__all__ = ["Cache", "find_cache"]
+__all__ = ["Cache", "caches_of"]
 
+_FIRST_CACHE = 3  # among the inputs of an attention, behind queries, keys and values
 _HEAD_AXIS = 1
 _CARRIERS = frozenset({"Cast", "Identity"})
 
@@ -35,18 +37,29 @@ class Cache:
     tensors: list[gs.Variable] = field(default_factory=list)
 
 
-def find_cache(
-    model: Model, attention: gs.Node, past: gs.Tensor | None, present: gs.Variable | None, heads: int
-) -> Cache | str | None:
-    """Return the cache behind an attention's operands, None if it has none, or why its heads cannot be left out.
+def caches_of(model: Model, attention: gs.Node) -> list[Cache] | str:
+    """Return the caches of an attention's keys and values, none if it has none, or why they cannot be changed.
 
     Args:
         model: The model.
-        attention: The attention.
-        past: Its input.
-        present: Its output.
-        heads: H.
+        attention: A concept.
     """
+    form, heads = attention_form(attention), int(attention.attrs["kv_num_heads"])
+    found: list[Cache] = []
+    for offset in (0, 1):
+        past = attention.inputs[_FIRST_CACHE + offset] if form.past else None
+        present = attention.outputs[1 + offset] if form.present else None
+        cache = _find_cache(model, attention, past, present, heads)
+        if isinstance(cache, str):
+            return cache
+        found += [] if cache is None else [cache]
+    return found
+
+
+def _find_cache(
+    model: Model, attention: gs.Node, past: gs.Tensor | None, present: gs.Variable | None, heads: int
+) -> Cache | str | None:
+    """Return the cache behind an attention's operands, None if it has none, or why it cannot be changed."""
     cache = Cache()
     inputs, outputs = {id(t) for t in model.graph.inputs}, {id(t) for t in model.graph.outputs}
     tensor, reader = past, attention

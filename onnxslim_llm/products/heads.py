@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxslim_llm.concepts.attention import attention_form, is_attention
-from onnxslim_llm.products.caches import Cache, find_cache
+from onnxslim_llm.products.caches import Cache, caches_of
 from onnxslim_llm.products.head_operands import (
     HeadOperand,
     HeadRefusal,
@@ -34,7 +34,6 @@ __all__ = ["HeadLayer", "find_head_layers"]
 
 #: Operators of runtimes that are whole attentions already.
 _WHOLE = frozenset({"Attention", "GroupQueryAttention", "MultiHeadAttention", "SparseAttention"})
-_FIRST_CACHE = 3  # among the inputs, behind queries, keys and values
 _HEAD_AXIS = -3  # of the additive mask [B, H, S, T]
 
 
@@ -125,13 +124,10 @@ def _layer(model: Model, constants: Constants, node: gs.Node) -> HeadLayer:
     layer = HeadLayer(node, q, k, v, product, flatten)
     if form.bias:
         layer.mask = _mask(node, form.inputs.index("bias"), queries)
-    for offset in (0, 1):
-        past = node.inputs[_FIRST_CACHE + offset] if form.past else None
-        present = node.outputs[1 + offset] if form.present else None
-        cache = find_cache(model, node, past, present, keys)
-        if isinstance(cache, str):
-            raise HeadRefusal(cache)
-        layer.caches += [] if cache is None else [cache]
+    caches = caches_of(model, node)
+    if isinstance(caches, str):
+        raise HeadRefusal(caches)
+    layer.caches = caches
     return layer
 
 

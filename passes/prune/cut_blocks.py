@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from onnxslim_llm.concepts.attention import attention_form, is_attention
+from onnxslim_llm.concepts.attention import is_attention
 from onnxslim_llm.errors import ModelError
 from onnxslim_llm.products.blocks import ResidualBlock
-from onnxslim_llm.products.caches import Cache, find_cache
+from onnxslim_llm.products.caches import Cache, caches_of
 from onnxslim_llm.rewrite.edit import redirect, remove_dead
 from onnxslim_llm.rewrite.engine import graph_output_ids
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from onnxslim_llm.rewrite.context import Context
 
 __all__ = ["cut_blocks"]
-
-_FIRST_CACHE = 3  # among the inputs of an attention
 
 
 def cut_blocks(model: Model, context: Context, gaps: Sequence[Sequence[ResidualBlock]]) -> None:
@@ -59,18 +57,12 @@ def _caches(model: Model) -> list[Cache]:
         ModelError: One of them is not the model's input and output.
     """
     found: list[Cache] = []
-    for node in model.graph.nodes:
-        if not is_attention(node):
-            continue
-        form = attention_form(node)
-        for offset in (0, 1):
-            past = node.inputs[_FIRST_CACHE + offset] if form.past else None
-            present = node.outputs[1 + offset] if form.present else None
-            cache = find_cache(model, node, past, present, int(node.attrs["kv_num_heads"]))
-            if isinstance(cache, str):
-                todo = "leave the pass remove_blocks out"
-                raise ModelError(f"caches cannot be numbered again: {cache}", where=node.name, todo=todo)
-            found += [] if cache is None else [cache]
+    for node in filter(is_attention, model.graph.nodes):
+        caches = caches_of(model, node)
+        if isinstance(caches, str):
+            todo = "leave the pass remove_blocks out"
+            raise ModelError(f"caches cannot be numbered again: {caches}", where=node.name, todo=todo)
+        found += caches
     return found
 
 
