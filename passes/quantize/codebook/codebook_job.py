@@ -36,8 +36,8 @@ _ENTRIES = 256
 class CodebookJob(WeightJob):
     """Code W[K, N] by tables.
 
-    Its outputs are codes [N, K / d] uint8, one for each stage, scales [N, KB, 1] float16, and tables [256, d] float16, one
-    for each stage.
+    Its outputs are codes [N, K / d] uint8, one for each stage, scales [N, KB, 1] float16, and tables [256, d] float16,
+    one for each stage.
 
     Args:
         source: The weight, stored [K, N] or [N, K].
