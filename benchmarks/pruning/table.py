@@ -15,7 +15,8 @@ import argparse
 import fnmatch
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from onnxslim_llm.compiler.calibration import Calibrator  # noqa: E402
 from onnxslim_llm.compiler.lowering import in_order  # noqa: E402
 from onnxslim_llm.compiler.observation import make_gradient_source  # noqa: E402
 from onnxslim_llm.compiler.progress import Silent  # noqa: E402
+from onnxslim_llm.gradients.source import Figure, GradientSource, StoredFigures  # noqa: E402
 from onnxslim_llm.ir.model import Model, open_model  # noqa: E402
 from onnxslim_llm.ir.save import SaveOptions, save_model  # noqa: E402
 from onnxslim_llm.ir.weights import weight_of  # noqa: E402
@@ -64,13 +66,29 @@ WAYS = {
 }
 
 
+@dataclass
+class _Remembered:
+    """Figures of gradients of one model, computed once: all cells begin with the same weights."""
+
+    source: GradientSource
+    known: dict[Figure, Mapping[str, StoredFigures]] = field(default_factory=dict)
+
+    def check(self) -> None:
+        self.source.check()
+
+    def figures(self, model: Model, weights: Sequence[str], figure: Figure) -> Mapping[str, StoredFigures]:
+        if figure not in self.known:
+            self.known[figure] = self.source.figures(model, weights, figure)
+        return self.known[figure]
+
+
 class Bench:
     """One model, its calibration statistics and its answers, made once."""
 
     def __init__(self, subject: Subject, folder: Path) -> None:
         self.subject = subject
         self.calibrator = Calibrator(subject.model, subject.calibration, folder, 1, Silent())
-        self.gradients = make_gradient_source(self.calibrator)
+        self.gradients = _Remembered(make_gradient_source(self.calibrator))
         self.source = Recorded(DecoderRunner(open_session(subject.model, threads=1)))
 
     def measure(self, passes: str) -> tuple[Difference, int, float]:
@@ -109,9 +127,13 @@ def zero_share(model: Model) -> float:
     return 1 - sum(int(np.count_nonzero(w.view())) for w in matrices) / max(total, 1)
 
 
-def masks(bench: Bench) -> Iterator[list[str]]:
+def _matching(options: dict[str, str], pattern: str) -> Iterator[tuple[str, str]]:
+    return ((name, value) for name, value in options.items() if fnmatch.fnmatch(name, pattern))
+
+
+def masks(bench: Bench, rows: str) -> Iterator[list[str]]:
     """Measure each method with both patterns, and with and without a refit."""
-    for name, options in METHODS.items():
+    for name, options in _matching(METHODS, rows):
         cells = []
         for pattern in PATTERNS:
             for refit in ("false", "true"):
@@ -120,9 +142,9 @@ def masks(bench: Bench) -> Iterator[list[str]]:
         yield [bench.subject.name, name, *cells]
 
 
-def ways(bench: Bench) -> Iterator[list[str]]:
+def ways(bench: Bench, rows: str) -> Iterator[list[str]]:
     """Measure ways to share out the zeros."""
-    for name, options in WAYS.items():
+    for name, options in _matching(WAYS, rows):
         yield [bench.subject.name, name, *(bench.loss(f"{options}, sparsity={share}") for share in SHARES)]
 
 
@@ -171,6 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with the story models")
     parser.add_argument("--models", default="*", help="pattern of names")
+    parser.add_argument("--rows", default="*", help="pattern of the first words of rows")
     parser.add_argument("--table", choices=TABLES, help="only this one")
     parser.add_argument("--passes", action="append", help="instead of the tables; may be repeated")
     parser.add_argument("--tokens", type=int, default=4096)
@@ -187,7 +210,7 @@ def main() -> None:
             lines = [_line(HEADS[name]), "|" + "---|" * len(HEADS[name])]
             print("\n".join(lines), flush=True)
             for bench in benches:
-                for cells in TABLES[name](bench):
+                for cells in TABLES[name](bench, args.rows):
                     lines.append(_line(cells))
                     print(lines[-1], flush=True)
             if args.write:
