@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -101,7 +100,7 @@ class RemoveBlocks(Pass):
         self._check(len(found))
         scores = self._scores(model, context, found)
         gone = sorted(self.blocks or sorted(range(len(found)), key=scores.__getitem__)[: self.count])
-        gaps = [[found[i] for i in run] for run in _runs(gone)]
+        gaps = _gaps([found[i] for i in gone])
         fitted = self._fit(model, context, gaps, change) if self.refit else []
         attentions = [node for node in model.graph.nodes if is_core(node)]
         layers = [next(n for n, node in enumerate(attentions) if node is found[i].attention) for i in gone]
@@ -162,7 +161,12 @@ class RemoveBlocks(Pass):
         return entries
 
 
-def _runs(numbers: Sequence[int]) -> list[list[int]]:
-    """Return ascending numbers in runs without gaps."""
-    runs = itertools.groupby(enumerate(numbers), key=lambda item: item[1] - item[0])
-    return [[number for _, number in run] for _, run in runs]
+def _gaps(blocks: Sequence[ResidualBlock]) -> list[list[ResidualBlock]]:
+    """Return blocks in runs that follow each other without anything between."""
+    gaps: list[list[ResidualBlock]] = []
+    for block in blocks:
+        if gaps and gaps[-1][-1].after is block.before:
+            gaps[-1].append(block)
+        else:
+            gaps.append([block])
+    return gaps

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
+import transformer_models
 from block_models import model_of, proto, weights
 from fusion_checks import run_all
 from transformer_models import Habits, assert_same_logits, ids, transformer
@@ -175,6 +176,35 @@ def test_without_a_product_before_the_gap_nothing_is_fitted() -> None:
     assert record.changed == 1
     assert record.detail["fitted"] == []
     assert "nothing is fitted in its place: no product writes right before it" in reasons(record)
+
+
+@pytest.mark.parametrize("gone", [(0, 1), (1, 2), (0, 2)])
+def test_blocks_side_by_side_and_apart(monkeypatch: pytest.MonkeyPatch, gone: tuple[int, ...]) -> None:
+    monkeypatch.setattr(transformer_models, "LAYERS", 3)
+    habits = Habits(cache=True)
+    model = transformer(habits)
+    for layer in gone:
+        scaled(model, layer, 0.0)
+    after, record = removed(model, blocks=gone)
+    assert record.changed == 2
+    feeds = ids(habits)
+    expected = run_all(model.to_proto(), feeds)
+    actual = run_all(after.to_proto(), without_caches(feeds, 1))
+    np.testing.assert_array_equal(actual["logits"], expected["logits"])
+    (left,) = {0, 1, 2} - set(gone)
+    np.testing.assert_array_equal(actual["present.0.value"], expected[f"present.{left}.value"])
+
+
+def test_a_block_that_cannot_go_between_two_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformer_models, "LAYERS", 4)
+    model = inferred(transformer())
+    inside = find_blocks(model, Change())[1].nodes[3].outputs[0]
+    inside.dtype = np.dtype(np.float32)
+    model.graph.outputs.append(inside)
+    after, record = removed(model, blocks=(0, 1))  # the first and the third of the model
+    assert f"'{inside.name}' is an output of the model" in reasons(record)
+    assert record.detail["config"] == {"num_hidden_layers": 2, "layers_gone": [0, 2]}
+    assert {c.name for c in after.constants() if c.name.endswith(".down")} == {"1.down", "3.down"}
 
 
 def test_large_products_are_not_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
