@@ -15,6 +15,7 @@ from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.passes.quantize.bits.mixed_precision import FORMS, Demand, share_out
 from onnxslim_llm.passes.quantize.bits.stored_size import storage_of
 from onnxslim_llm.passes.quantize.codes.planes import PLANES
+from onnxslim_llm.passes.quantize.codes.scale_range import half_holds_scales
 from onnxslim_llm.passes.quantize.replacement import Chosen, Replacement
 from onnxslim_llm.passes.quantize.settings import (
     BITS,
@@ -95,7 +96,8 @@ class QuantizeWeights(Pass):
             and the options by role do not count, except that 0 leaves alone. Scopes that name bits or a block hold.
         widths: Bits that weights may get by `target_bits`; default: all that the target can store.
         scale_dtype: Type that scales are stored in: "activation" is that of the activations; "float16" saves
-            16 / block bits a weight, and the runtime converts them when it loads the model.
+            16 / block bits a weight, and the runtime converts them when it loads the model. Weights whose scales
+            float16 cannot hold get the other.
     """
 
     name: ClassVar[str] = "quantize_weights"
@@ -244,6 +246,8 @@ class QuantizeWeights(Pass):
         allowed = self.widths or [bits for bits in BITS if _can_store(bits, stored)]
         forms = [form for form in FORMS if form[0] in allowed] if free else [(settings.bits, settings.block)]
         computes_in, data = group.sites[0].computes_in, context.statistics is not None
+        if settings.scale_dtype == "float16" and not half_holds_scales(group.source, max(bits for bits, _ in forms)):
+            settings = replace(settings, scale_dtype="activation")
         ways = (True, False) if free and not settings.symmetric else (settings.symmetric,)
         made = (
             replace(settings, bits=bits, block=block, symmetric=way).scheme(
