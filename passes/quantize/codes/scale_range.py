@@ -10,8 +10,8 @@ __all__ = ["half_holds_scales"]
 
 #: Lines of the stored matrix that are looked at.
 _LINES = 16
-#: Range of a block of normally distributed weights, by their root mean square.
-_REACH = 4.0
+#: Range of a block of 64 normally distributed weights, by the geometric mean of their magnitudes.
+_REACH = 9.0
 #: Below the least normal number of float16, 2^-14, precision is lost: from here on more than 0.2 % of the scale.
 _SMALLEST = 2.0**-16
 #: Some blocks have larger scales than the usual one.
