@@ -33,7 +33,7 @@ from onnxslim_llm.compiler.calibration import Calibrator  # noqa: E402
 from onnxslim_llm.compiler.progress import Silent  # noqa: E402
 from onnxslim_llm.ir.model import open_model  # noqa: E402
 from onnxslim_llm.ir.weights import weight_of  # noqa: E402
-from onnxslim_llm.passes.prune.refit_rows_job import fitted_rows  # noqa: E402
+from onnxslim_llm.passes.prune.rows.refit_rows_job import fitted_rows  # noqa: E402
 from onnxslim_llm.products.hidden import find_hidden_layers  # noqa: E402
 from onnxslim_llm.recipe import Recipe, Step  # noqa: E402
 from onnxslim_llm.rewrite.passes import Change  # noqa: E402

@@ -16,8 +16,8 @@ from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.weights import ArrayWeight, weight_of
 from onnxslim_llm.ir.weights.jobs import derive
 from onnxslim_llm.ir.weights.weight import Weight
-from onnxslim_llm.passes.prune.cut_channels import cut_channels
-from onnxslim_llm.passes.prune.mean_job import MeanJob
+from onnxslim_llm.passes.prune.rows.cut_channels import cut_channels
+from onnxslim_llm.passes.prune.rows.mean_job import MeanJob
 from onnxslim_llm.products.hidden import HiddenLayer, find_hidden_layers
 from onnxslim_llm.products.output_bias import add_vector, added_vector
 from onnxslim_llm.products.owned_weights import Constants

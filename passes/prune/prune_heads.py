@@ -14,8 +14,8 @@ from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.topology import sort_nodes
-from onnxslim_llm.passes.prune.cut_heads import cut_heads
-from onnxslim_llm.passes.prune.head_scores import Ranking, leave_out, rank_groups
+from onnxslim_llm.passes.prune.heads.cut_heads import cut_heads
+from onnxslim_llm.passes.prune.heads.head_scores import Ranking, leave_out, rank_groups
 from onnxslim_llm.products.heads import HeadLayer, find_head_layers
 from onnxslim_llm.products.selection import compile_patterns
 from onnxslim_llm.rewrite.context import Context

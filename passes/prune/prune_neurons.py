@@ -13,8 +13,8 @@ from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.ir.weights.jobs import derive
-from onnxslim_llm.passes.prune.cut_channels import cut_channels
-from onnxslim_llm.passes.prune.refit_rows_job import RefitRowsJob
+from onnxslim_llm.passes.prune.rows.cut_channels import cut_channels
+from onnxslim_llm.passes.prune.rows.refit_rows_job import RefitRowsJob
 from onnxslim_llm.products.hidden import HiddenLayer, find_hidden_layers
 from onnxslim_llm.products.selection import compile_patterns
 from onnxslim_llm.rewrite.context import Context

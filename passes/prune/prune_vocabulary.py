@@ -17,9 +17,15 @@ from onnxslim_llm.ir.metadata import set_metadata
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.weights import weight_of
-from onnxslim_llm.passes.prune.nearest_tokens import nearest_tokens, work_of
-from onnxslim_llm.passes.prune.select_job import selected
-from onnxslim_llm.passes.prune.token_sites import LogitSite, TokenTable, find_logits, find_table, other_reader
+from onnxslim_llm.passes.prune.rows.select_job import selected
+from onnxslim_llm.passes.prune.vocabulary.nearest_tokens import nearest_tokens, work_of
+from onnxslim_llm.passes.prune.vocabulary.token_sites import (
+    LogitSite,
+    TokenTable,
+    find_logits,
+    find_table,
+    other_reader,
+)
 from onnxslim_llm.products.owned_weights import Constants
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.edit import Builder

@@ -13,10 +13,10 @@ from onnxslim_llm.gradients.source import StoredFigures
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.weights.jobs import derive
-from onnxslim_llm.passes.prune.allocation import Allocation, Candidate, allocate
-from onnxslim_llm.passes.prune.patterns import Pattern
-from onnxslim_llm.passes.prune.prune_job import Comparison, PruneJob, Request
-from onnxslim_llm.passes.prune.scores import FIGURES, Method
+from onnxslim_llm.passes.prune.zeros.allocation import Allocation, Candidate, allocate
+from onnxslim_llm.passes.prune.zeros.patterns import Pattern
+from onnxslim_llm.passes.prune.zeros.prune_job import Comparison, PruneJob, Request
+from onnxslim_llm.passes.prune.zeros.scores import FIGURES, Method
 from onnxslim_llm.products.reads import read_weight
 from onnxslim_llm.products.selection import compile_patterns, matching
 from onnxslim_llm.products.sites import WeightGroup, find_groups

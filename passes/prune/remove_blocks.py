@@ -11,8 +11,8 @@ from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.topology import sort_nodes
 from onnxslim_llm.ir.weights import ArrayWeight
-from onnxslim_llm.passes.prune.block_scores import StreamChanges, StreamFit
-from onnxslim_llm.passes.prune.cut_blocks import cut_blocks
+from onnxslim_llm.passes.prune.blocks.block_scores import StreamChanges, StreamFit
+from onnxslim_llm.passes.prune.blocks.cut_blocks import cut_blocks
 from onnxslim_llm.products.attention import is_core
 from onnxslim_llm.products.blocks import ResidualBlock, find_blocks
 from onnxslim_llm.products.owned_weights import Constants, Product

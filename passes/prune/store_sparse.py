@@ -15,7 +15,7 @@ from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.ownership import is_overridable
 from onnxslim_llm.ir.weights import ArrayWeight, SparseWeight, Weight, weight_of
-from onnxslim_llm.passes.prune.sparse_copy import SparseCopies
+from onnxslim_llm.passes.prune.storage.sparse_copy import SparseCopies
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.engine import graph_output_ids
 from onnxslim_llm.rewrite.passes import Change, Pass

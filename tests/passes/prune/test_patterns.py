@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnxslim_llm.errors import UsageError
-from onnxslim_llm.passes.prune.patterns import Pattern
+from onnxslim_llm.passes.prune.zeros.patterns import Pattern
 
 SCORES = np.random.default_rng(0).random((48, 32))
 

@@ -18,9 +18,9 @@ from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.topology import sort_nodes
 from onnxslim_llm.ir.weights import ArrayWeight, constant, weight_of
 from onnxslim_llm.passes.cleanup.remove_dead_code import RemoveDeadCode
-from onnxslim_llm.passes.prune.head_scores import Ranking, leave_out, rank_groups
+from onnxslim_llm.passes.prune.heads.head_scores import Ranking, leave_out, rank_groups
 from onnxslim_llm.passes.prune.prune_heads import PruneHeads
-from onnxslim_llm.passes.prune.refit_rows_job import fitted_rows
+from onnxslim_llm.passes.prune.rows.refit_rows_job import fitted_rows
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.products.heads import find_head_layers
 from onnxslim_llm.rewrite.context import Context

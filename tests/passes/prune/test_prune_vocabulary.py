@@ -18,8 +18,8 @@ from onnxslim_llm.ir.kept_tokens import LEFT_OUT_LOGIT, KeptTokens
 from onnxslim_llm.ir.model import Model, open_model
 from onnxslim_llm.ir.save import save_model
 from onnxslim_llm.ir.weights import weight_of
-from onnxslim_llm.passes.prune.nearest_tokens import nearest_tokens
 from onnxslim_llm.passes.prune.prune_vocabulary import PruneVocabulary
+from onnxslim_llm.passes.prune.vocabulary.nearest_tokens import nearest_tokens
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.pipeline import PassRecord, Pipeline
 from onnxslim_llm.runtime.decoder import DecoderRunner

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxslim_llm.passes.prune.one_shot import prune_in_order
-from onnxslim_llm.passes.prune.patterns import Pattern
-from onnxslim_llm.passes.prune.refit import refit
-from onnxslim_llm.passes.prune.scores import scores_of
+from onnxslim_llm.passes.prune.zeros.one_shot import prune_in_order
+from onnxslim_llm.passes.prune.zeros.patterns import Pattern
+from onnxslim_llm.passes.prune.zeros.refit import refit
+from onnxslim_llm.passes.prune.zeros.scores import scores_of
 from onnxslim_llm.stats.curvature import DAMPING, inverse_factor, output_error
 
 K, N = 64, 24

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxslim_llm.gradients.source import StoredFigures
-from onnxslim_llm.passes.prune.scores import FIGURES, Method, scores_of
+from onnxslim_llm.passes.prune.zeros.scores import FIGURES, Method, scores_of
 from onnxslim_llm.products.sites import WeightGroup
 from onnxslim_llm.stats.statistics import StoredMoments
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from onnxslim_llm.ir.weights import ViewWeight, constant, weight_of
 from onnxslim_llm.ir.weights.jobs import derive
-from onnxslim_llm.passes.prune.refit_rows_job import RefitRowsJob
-from onnxslim_llm.passes.prune.select_job import selected
+from onnxslim_llm.passes.prune.rows.refit_rows_job import RefitRowsJob
+from onnxslim_llm.passes.prune.rows.select_job import selected
 from onnxslim_llm.products.head_operands import HeadOperand
 from onnxslim_llm.products.heads import HeadLayer
 from onnxslim_llm.products.owned_weights import Constants

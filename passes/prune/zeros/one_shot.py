@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim_llm.passes.prune.patterns import Pattern
+from onnxslim_llm.passes.prune.zeros.patterns import Pattern
 
 __all__ = ["prune_in_order"]
 

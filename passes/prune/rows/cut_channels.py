@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.weights import constant, weight_of
 from onnxslim_llm.ir.weights.weight import Weight
-from onnxslim_llm.passes.prune.select_job import selected
+from onnxslim_llm.passes.prune.rows.select_job import selected
 from onnxslim_llm.products.hidden import HiddenLayer
 
 __all__ = ["cut_channels"]

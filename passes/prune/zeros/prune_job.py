@@ -14,10 +14,10 @@ from onnxslim_llm.errors import ModelError
 from onnxslim_llm.gradients.source import StoredFigures
 from onnxslim_llm.ir.weights.jobs import TensorSpec, Tile, TileOutput, WeightJob
 from onnxslim_llm.ir.weights.weight import Weight
-from onnxslim_llm.passes.prune.one_shot import prune_in_order
-from onnxslim_llm.passes.prune.patterns import Pattern
-from onnxslim_llm.passes.prune.refit import refit
-from onnxslim_llm.passes.prune.scores import Method, scores_of
+from onnxslim_llm.passes.prune.zeros.one_shot import prune_in_order
+from onnxslim_llm.passes.prune.zeros.patterns import Pattern
+from onnxslim_llm.passes.prune.zeros.refit import refit
+from onnxslim_llm.passes.prune.zeros.scores import Method, scores_of
 from onnxslim_llm.stats.curvature import DAMPING, inverse_factor, output_error
 from onnxslim_llm.stats.prepared import Prepared
 from onnxslim_llm.stats.statistics import Collected, StoredMoments

@@ -1,0 +1,1 @@
+"""Blocks of a transformer: what they do, and a model without some of them."""

@@ -1,0 +1,1 @@
+"""Heads of attentions: which ones go, and everything that counts them."""

@@ -1,0 +1,1 @@
+"""Forms of weights with many zeros."""

@@ -1,0 +1,1 @@
+"""Tokens: where a model has its vocabulary, and what stands for a token that is gone."""
