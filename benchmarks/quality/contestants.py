@@ -75,14 +75,14 @@ SETTINGS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
 )  # fmt: skip
 #: Sizes that bits are shared out for, in bits per weight, by the target; graph and norms come on top.
 LADDER = {
-    "ort-cpu-ops": (3, 3.5, 4, 4.2, 4.4, 4.6, 4.8, 5, 5.3, 5.6, 6, 6.4, 7, 7.5, 8.2, 8.6),
+    "ort-cpu-ops": (3, 3.5, 4, 4.2, 4.4, 4.6, 4.7, 4.8, 5, 5.3, 5.6, 6, 6.4, 7, 7.5, 8.2, 8.6),
     "ort-cpu": (4.4, 6),
 }
 #: The same without data, and with text that the model writes itself.
 LADDER_WITHOUT_DATA = (4.4, 5, 6)
 LADDER_OF_OWN_TEXT = (4.4, 4.8, 5.3, 5.6, 6.4, 7, 8.2)
 #: The same with codes tuned afterwards, for decoders.
-LADDER_TUNED = (3.5, 4, 4.4)
+LADDER_TUNED = (3.5, 4, 4.4, 4.7)
 #: Encoders are measured at these sizes only.
 _ENCODER_SIZES = (4.4, 6, 8.2)
 
