@@ -1,10 +1,9 @@
-"""What masks of zeros cost: mean KL divergence to the source, for each method, pattern, and with and without a refit.
+"""What masks of zeros cost, for each method, pattern, and with and without a refit; see `loss_bench`.
 
-Every cell runs `cleanup`, the safe fusions and its own passes, and compares the result with the source on held-out
-tokens, in ONNX Runtime. The models are those of benchmarks/quality/subjects.py.
+Mean KL divergence in nats, or mean 1 - cosine for encoders.
 
     python benchmarks/pruning/table.py                                   # the sample model
-    python benchmarks/pruning/table.py --data FOLDER                     # the story models, too
+    python benchmarks/pruning/table.py --data FOLDER                     # the story models and MiniLM, too
     python benchmarks/pruning/table.py --write                           # put the tables into docs/pruning.md
     python benchmarks/pruning/table.py --passes "prune_neurons{share=0.5}"   # bytes and figures of any list of passes
 """
@@ -13,37 +12,13 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
+from doc_table import PAGE, head, line, write
+from loss_bench import LossBench, subjects
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
-
-from recorded import Recorded  # noqa: E402
-from subjects import SAMPLE_NAME, Subject, sample, story, story_names  # noqa: E402
-
-from onnxslim_llm.compiler.calibration import Calibrator  # noqa: E402
-from onnxslim_llm.compiler.lowering import in_order  # noqa: E402
-from onnxslim_llm.compiler.observation import make_gradient_source  # noqa: E402
-from onnxslim_llm.compiler.progress import Silent  # noqa: E402
-from onnxslim_llm.gradients.source import Figure, GradientSource, StoredFigures  # noqa: E402
-from onnxslim_llm.ir.model import Model, open_model  # noqa: E402
-from onnxslim_llm.ir.save import SaveOptions, save_model  # noqa: E402
-from onnxslim_llm.ir.weights import weight_of  # noqa: E402
-from onnxslim_llm.recipe import Recipe  # noqa: E402
-from onnxslim_llm.rewrite.context import Context  # noqa: E402
-from onnxslim_llm.rewrite.pipeline import Pipeline  # noqa: E402
-from onnxslim_llm.runtime.decoder import DecoderRunner  # noqa: E402
-from onnxslim_llm.runtime.session import open_session  # noqa: E402
-from onnxslim_llm.targets import get_target  # noqa: E402
-from onnxslim_llm.verify.quality import Difference, evaluate_tokens  # noqa: E402
-
-PAGE = ROOT / "docs" / "pruning.md"
 PATTERNS = ("unstructured", "2:4")
 #: What is said of a method, and its options.
 METHODS = {
@@ -54,6 +29,7 @@ METHODS = {
     "Fisher": "method=fisher",
     "SparseGPT": "method=sparsegpt",
 }
+OF_LIKELIHOOD = ("method=taylor", "method=fisher")
 #: Ways to share out zeros and to get there, all with a refit.
 SHARES = (0.5, 0.7)
 WAYS = {
@@ -66,86 +42,33 @@ WAYS = {
 }
 
 
-@dataclass
-class _Remembered:
-    """Figures of gradients of one model, computed once: all cells begin with the same weights."""
-
-    source: GradientSource
-    known: dict[Figure, Mapping[str, StoredFigures]] = field(default_factory=dict)
-
-    def check(self) -> None:
-        self.source.check()
-
-    def figures(self, model: Model, weights: Sequence[str], figure: Figure) -> Mapping[str, StoredFigures]:
-        if figure not in self.known:
-            self.known[figure] = self.source.figures(model, weights, figure)
-        return self.known[figure]
-
-
-class Bench:
-    """One model, its calibration statistics and its answers, made once."""
-
-    def __init__(self, subject: Subject, folder: Path) -> None:
-        self.subject = subject
-        self.calibrator = Calibrator(subject.model, subject.calibration, folder, 1, Silent())
-        self.gradients = _Remembered(make_gradient_source(self.calibrator))
-        self.source = Recorded(DecoderRunner(open_session(subject.model, threads=1)))
-
-    def measure(self, passes: str) -> tuple[Difference, int, float]:
-        """Return the difference from the source after some passes, the bytes of the artifact and its share of zeros."""
-        target = get_target("portable")
-        model = open_model(self.subject.model)
-        Pipeline(Recipe.load("safe").build()).run(model, Context(target=target))
-        pipeline = Pipeline(in_order(Pipeline(passes).passes, Pipeline(target.lowering).passes))
-        statistics = self.calibrator.wanted_by(pipeline.passes)
-        pipeline.run(model, Context(target=target, statistics=statistics, gradients=self.gradients))
-        with tempfile.TemporaryDirectory() as folder:
-            artifact = Path(folder) / "model.onnx"
-            size = save_model(model, artifact, SaveOptions(jobs=1)).bytes
-            zeros = zero_share(open_model(artifact))
-            found = evaluate_tokens(
-                target.open(artifact, threads=1),
-                self.subject.tokens,
-                versus=self.source,
-                window=self.subject.window,
-                threads=1,
-                greedy=False,
-            ).difference
-        assert found is not None
-        return found, size, zeros
-
-    def loss(self, options: str) -> str:
-        """Return the mean KL divergence in nats after `prune_weights` with these options."""
-        return f"{self.measure(f'prune_weights{{{options}}}')[0].kld_mean:.3f}"
-
-
-def zero_share(model: Model) -> float:
-    """Return the share of zeros in all float matrices."""
-    weights = {weight_of(c).key: weight_of(c) for c in model.constants()}
-    matrices = [w for w in weights.values() if len(w.shape) == 2 and str(w.dtype).startswith("float")]
-    total = sum(w.size for w in matrices)
-    return 1 - sum(int(np.count_nonzero(w.view())) for w in matrices) / max(total, 1)
-
-
 def _matching(options: dict[str, str], pattern: str) -> Iterator[tuple[str, str]]:
     return ((name, value) for name, value in options.items() if fnmatch.fnmatch(name, pattern))
 
 
-def masks(bench: Bench, rows: str) -> Iterator[list[str]]:
+def _loss(bench: LossBench, options: str) -> str:
+    return f"{bench.measure(f'prune_weights{{{options}}}').loss:.3f}"
+
+
+def masks(bench: LossBench, rows: str) -> Iterator[list[str]]:
     """Measure each method with both patterns, and with and without a refit."""
     for name, options in _matching(METHODS, rows):
+        if options in OF_LIKELIHOOD and bench.subject.kind != "decoder":
+            continue  # vectors have no likelihood whose gradient would say something
         cells = []
         for pattern in PATTERNS:
             for refit in ("false", "true"):
                 same = pattern != "unstructured" and "column" in options  # groups of 4 lie in a column anyway
-                cells.append("" if same else bench.loss(f"{options}, pattern='{pattern}', refit={refit}"))
+                cells.append("" if same else _loss(bench, f"{options}, pattern='{pattern}', refit={refit}"))
         yield [bench.subject.name, name, *cells]
 
 
-def ways(bench: Bench, rows: str) -> Iterator[list[str]]:
+def ways(bench: LossBench, rows: str) -> Iterator[list[str]]:
     """Measure ways to share out the zeros."""
     for name, options in _matching(WAYS, rows):
-        yield [bench.subject.name, name, *(bench.loss(f"{options}, sparsity={share}") for share in SHARES)]
+        if "fisher" in options and bench.subject.kind != "decoder":
+            continue
+        yield [bench.subject.name, name, *(_loss(bench, f"{options}, sparsity={share}") for share in SHARES)]
 
 
 HEADS = {
@@ -155,37 +78,14 @@ HEADS = {
 TABLES = {"masks": masks, "ways": ways}
 
 
-def details(bench: Bench, lists: list[str]) -> Iterator[list[str]]:
+def details(bench: LossBench, lists: list[str]) -> Iterator[list[str]]:
     """Measure any lists of passes."""
-    yield ["passes", "bytes", "zeros", "perplexity", "KL", "KL p99", "top-1"]
+    yield ["passes", "bytes", "zeros", "KL or 1 - cos", "perplexity", "KL p99", "top-1"]
     for passes in lists:
-        found, size, zeros = bench.measure(passes)
-        figures = (zeros, found.ppl_ratio, found.kld_mean, found.kld_p99, found.top1_agreement)
-        yield [f"`{passes}`", f"{size:,}", *(f"{figure:.3f}" for figure in figures)]
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def write(page: Path, name: str, lines: list[str]) -> None:
-    """Put a table between its two marks in a page."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    text = page.read_text(encoding="utf-8")
-    before, found, rest = text.partition(begin)
-    _, ended, after = rest.partition(end)
-    if not (found and ended):
-        raise SystemExit(f"{page.name} has no place for the table: {begin} {end}")
-    page.write_text("\n".join([before + begin, *lines, end + after]), encoding="utf-8")
-
-
-def subjects(args: argparse.Namespace, work: Path) -> Iterator[Subject]:
-    """Yield the models that are asked for and there."""
-    if fnmatch.fnmatch(SAMPLE_NAME, args.models):
-        yield sample(work, args.tokens)
-    for name in story_names(args.data) if args.data else []:
-        if fnmatch.fnmatch(name, args.models):
-            yield story(args.data, name, work, args.tokens)
+        result = bench.measure(passes)
+        found = result.difference
+        rest = (found.ppl_ratio, found.kld_p99, found.top1_agreement) if found else ()
+        yield [f"`{passes}`", f"{result.bytes:,}", *(f"{figure:.3f}" for figure in (result.zeros, result.loss, *rest))]
 
 
 def main() -> None:
@@ -200,18 +100,20 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="into docs/pruning.md")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        benches = [Bench(s, Path(scratch) / f"statistics {s.name}") for s in subjects(args, Path(scratch))]
+        work = Path(scratch)
+        found = subjects(args.data, args.models, args.tokens, work)
+        benches = [LossBench(s, work / f"statistics {s.name}") for s in found]
         if args.passes:
             for bench in benches:
                 for cells in details(bench, args.passes):
-                    print(_line(cells), flush=True)
+                    print(line(cells), flush=True)
             return
         for name in [args.table] if args.table else TABLES:
-            lines = [_line(HEADS[name]), "|" + "---|" * len(HEADS[name])]
+            lines = head(HEADS[name])
             print("\n".join(lines), flush=True)
             for bench in benches:
                 for cells in TABLES[name](bench, args.rows):
-                    lines.append(_line(cells))
+                    lines.append(line(cells))
                     print(lines[-1], flush=True)
             if args.write:
                 write(PAGE, name, lines)

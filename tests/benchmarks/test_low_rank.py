@@ -17,11 +17,11 @@ MOST_BYTES = 1.04
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from low_rank import Bench
+    from loss_bench import LossBench
     from subjects import sample
 
     work = tmp_path_factory.mktemp("low_rank")
-    return Bench(sample(work, TOKENS), work / "statistics")
+    return LossBench(sample(work, TOKENS), work / "statistics")
 
 
 @pytest.mark.slow
@@ -47,12 +47,12 @@ def test_a_quarter_of_what_int4_loses_comes_back_for_four_percent(bench: Any) ->
 
 
 def test_a_table_goes_between_its_marks(tmp_path: Path) -> None:
-    from low_rank import write
+    from doc_table import write
 
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- low rank splits: begin -->\nold\n<!-- low rank splits: end -->\nb\n")
-    write(page, "splits", ["| x |"])
+    write(page, "low rank splits", ["| x |"])
     wanted = "a\n<!-- low rank splits: begin -->\n| x |\n<!-- low rank splits: end -->\nb\n"
     assert page.read_text() == wanted
     with pytest.raises(SystemExit, match="no place"):
-        write(page, "compensations", [])
+        write(page, "low rank compensations", [])
