@@ -134,7 +134,8 @@ class Job:
         for record in records:
             if record.rolled_back:
                 self._tell_rolled_back(record.name, record.rolled_back)
-        check_legal(model, self.target, self.account.source)
+        told = check_legal(model, self.target, self.account.source)
+        self.account.notes += [note for note in told if note not in self.account.notes]
         undone = [
             PassRecord(p.name, p.options(), rolled_back=rolled_back[p.name])
             for p in graph.passes

@@ -1,4 +1,4 @@
-"""Nothing is written that the target does not accept: its lint is part of every compile."""
+"""The target's lint is part of every compile: what a target that says so does not accept is not written."""
 
 from __future__ import annotations
 
@@ -24,25 +24,30 @@ class IllegalGraphError(GateError):
     violations: tuple[Violation, ...] = ()
 
 
-def check_legal(model: Model, target: Target, source: Path) -> None:
+def check_legal(model: Model, target: Target, source: Path) -> list[str]:
     """Check a lowered graph against the rules of its target.
 
     Args:
         model: What would be written.
-        target: Whose rules count. Where these are not the last word (`Target.lint_is_final`), only what the source has
-            not broken itself counts: its own operators of unknown domains are the user's.
+        target: Whose rules count.
         source: The .onnx file.
 
+    Returns:
+        What is to be told, where the rules are not the last word (`Target.lint_is_final`): the runtime says in the
+        verification whether it takes the graph, and a pass that broke it is undone. What the source has not kept to
+        itself, such as operators of the user's own, is not told.
+
     Raises:
-        IllegalGraphError: It breaks one; node, rule and remedy are named.
+        IllegalGraphError: It breaks one that is the last word; node, rule and remedy are named.
     """
     infer_shapes(model)
     found = target.lint(model)
     if found and not target.lint_is_final:
-        before = {(violation.where, violation.rule) for violation in target.lint(open_model(source))}
-        found = [violation for violation in found if (violation.where, violation.rule) not in before]
+        before = {violation.where for violation in target.lint(open_model(source))}
+        fresh = [violation for violation in found if violation.where not in before]
+        return [f"{v.where}: {v.rule}; {v.fix}" for v in fresh[:_SHOWN]]
     if not found:
-        return
+        return []
     listed = "; ".join(f"{violation.where}: {violation.rule}" for violation in found[:_SHOWN])
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     error = IllegalGraphError(

@@ -31,7 +31,7 @@ def fitted_feeds(feeds: Mapping[str, Array], artifact: Session) -> dict[str, Arr
     fitted = {}
     for info in artifact.inputs:
         given = feeds[info.name]
-        if info.shape is None or _fits(given.shape, info.shape):
+        if not info.shape or _fits(given.shape, info.shape):  # ONNX Runtime shows an unknown rank as no axes
             fitted[info.name] = given
         elif given.size == 0 and given.ndim == len(info.shape):
             sizes = [d if isinstance(d, int) else n for d, n in zip(info.shape, given.shape, strict=True)]

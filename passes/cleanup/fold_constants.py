@@ -33,6 +33,9 @@ LAZY_BYTES = 64 << 10
 UNPREDICTED_ELEMENTS = 4096
 _BYTE = 8
 
+#: Bytes that a Cast takes, with its names: more of them are not saved by leaving it out.
+_WORTH_A_CAST = 256
+
 
 @dataclass(frozen=True)
 class FoldConstants(Pass):
@@ -57,7 +60,8 @@ class FoldConstants(Pass):
         }
 
     Skips when:
-        - the result would be more than `max_growth` bytes larger than the constants that go (masks, tables, Expand)
+        - the result would be more than `max_growth` bytes larger than the constants that go (masks, tables, Expand), or
+          for a Cast more than the node itself takes: who stored scales in float16 knew why
         - the operator quantizes, dequantizes, is random, has a subgraph, or is not of the standard domain
         - it computes on a large weight in any other way than those above, or on a shared one
         - the constant is quantized to less than a byte, sparse, or of strings
@@ -120,7 +124,8 @@ class FoldConstants(Pass):
                 return "the size of its result is not known"
         else:
             freed = sum(weight_of(c).nbytes for c in sources.values() if not _is_shared(c, node))
-            if size - freed > self.max_growth:
+            limit = min(self.max_growth, _WORTH_A_CAST) if node.op == "Cast" else self.max_growth
+            if size - freed > limit:
                 return f"its result would make the file {size - freed} bytes larger"
         results = evaluate(node, [None if t.is_empty() else _load(t) for t in node.inputs], opset)
         if results is None or len(results) != len(node.outputs):
