@@ -78,7 +78,8 @@ def test_the_operators_are_clean(tmp_path: Path) -> None:
     # Python itself keeps memory until it ends: that is no leak.
     environment = {**os.environ, "PYTHONPATH": path, "LD_PRELOAD": preloaded, "ASAN_OPTIONS": "detect_leaks=0"}
     tests = [str(Path(__file__).with_name(name)) for name in TESTS]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "sanitized_plugin", "-p", "no:cacheprovider", *tests]
+    # -P: the package that is tested, not the one in the folder beside it.
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "sanitized_plugin", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert " passed" in done.stdout
