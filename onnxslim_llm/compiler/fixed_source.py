@@ -124,10 +124,10 @@ class FixedSource:
             tokens: Of real text; None: random ones.
 
         Returns:
-            A folder of .npz files; None if the fixed model has no cache.
+            A folder of .npz files; None if the fixed model has no cache, or is no decoder.
 
         Raises:
-            UsageError: The model is no decoder that could fill its cache.
+            UsageError: It is a decoder, but its cache cannot be filled.
         """
         if not self._caches:
             return None
@@ -137,7 +137,9 @@ class FixedSource:
         session = open_session(self._source, threads=self._threads)
         signature, why = find_decoder(session)
         fixed = {info.name: info.shape for info in open_session(self.path, threads=self._threads).inputs}
-        if signature is None or not signature.caches:
+        if signature is None:
+            return None  # what has the shape of a cache is something else: it reads no tokens
+        if not signature.caches:
             raise UsageError(
                 f"the cache cannot be filled: {why or 'it has none'}", where=OPTION, todo="fix its size to 0"
             )

@@ -7,9 +7,10 @@ from onnxslim_llm.targets.qdq_tables import ELEMENTWISE, MOVEMENTS, PRODUCTS
 
 __all__ = ["HTP_RULES"]
 
-#: The scale of a norm has the activations' type: int8 beside uint16 is refused (error 3110).
+#: The scale of a norm has the activations' type: int8 beside uint16 is refused (error 3110), and so is an int32 bias.
+#: Biases in float are taken.
 _NORMS = {
-    "LayerNormalization": QuantizedOp(inputs=(0, 1), bias=2),
+    "LayerNormalization": QuantizedOp(inputs=(0, 1)),
     "RMSNormalization": QuantizedOp(inputs=(0, 1)),
 }
 _NO_KERNEL = frozenset(["Erf"])

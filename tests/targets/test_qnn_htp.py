@@ -137,6 +137,33 @@ def test_options() -> None:
         get_target("portable").with_options({"htp_arch": "73"})
 
 
+@pytest.mark.runtimes
+@needs_qnn
+@pytest.mark.parametrize("recipe", ["w8a16", "w8a8"])
+def test_norms_of_encoders_run_on_the_processor(tmp_path: Path, recipe: str) -> None:
+    """A bias of a norm in int32 would keep the norm from it."""
+    rng = np.random.default_rng(0)
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (float[b, s, 32] x) => (float[b, s, 32] y) {
+        a = MatMul (x, w)
+        r = Add (x, a)
+        y = LayerNormalization <axis = -1> (r, gamma, beta)
+    }"""
+    proto = onnx.parser.parse_model(text)
+    for name, shape in (("w", (32, 32)), ("gamma", (32,)), ("beta", (32,))):
+        array = rng.standard_normal(shape).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    onnx.save(proto, tmp_path / "model.onnx")
+    calibration = tmp_path / "calibration"
+    calibration.mkdir()
+    for i in range(8):
+        np.savez(calibration / f"{i}.npz", x=rng.standard_normal((1, 4, 32)).astype(np.float32))
+    out = tmp_path / "out"
+    osl.compile(
+        tmp_path / "model.onnx", out, target="qnn-htp", recipe=recipe, calib=calibration, shape="b=1,s=4", verify="fast"
+    )
+    assert set(json.loads((out / PLACEMENT_NAME).read_text())["nodes"]) == {"NPU"}
+
+
 def without(package: str, folder: Path) -> dict[str, str]:
     """Return variables for `python -S`: an environment like this one, but for what the package has installed."""
     for site in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
