@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gguf_llama import LlamaSizes, llama_gguf
 
 if TYPE_CHECKING:
     from reference_decoder import DecoderSpec
 
 Array = np.ndarray[Any, Any]
 
+CONTEXT, EPSILON = 4096, 1e-5
 BLOCK = 32
 CODES = 16  # bytes of a block behind its scale
 CODE_STD = math.sqrt((16**2 - 1) / 12)  # of codes that are equally likely
@@ -58,31 +62,23 @@ def write_gguf(spec: DecoderSpec, path: Path) -> Path:
     """Write the decoder; llama.cpp uses the embedding as the classifier if there is no other."""
     import gguf
 
-    partial = path.with_suffix(".partial")
-    writer = gguf.GGUFWriter(partial, "llama", use_temp_file=True)
-    writer.add_context_length(4096)
-    writer.add_embedding_length(spec.hidden)
-    writer.add_block_count(spec.layers)
-    writer.add_feed_forward_length(spec.ffn)
-    writer.add_head_count(spec.heads)
-    writer.add_head_count_kv(spec.kv_heads)
-    writer.add_key_length(spec.head_dim)
-    writer.add_value_length(spec.head_dim)
-    writer.add_rope_dimension_count(spec.head_dim)
-    writer.add_rope_freq_base(spec.rope_theta)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(spec.vocab)
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_file_type(int(gguf.LlamaFileType.MOSTLY_Q4_0))
+    sizes = LlamaSizes(
+        hidden=spec.hidden,
+        intermediate=spec.ffn,
+        layers=spec.layers,
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        vocab=spec.vocab,
+        context=CONTEXT,
+        epsilon=EPSILON,
+        theta=spec.rope_theta,
+    )
     norms = [f"blk.{i}.{part}_norm.weight" for i in range(spec.layers) for part in ("attn", "ffn")]
-    for name in [*norms, "output_norm.weight"]:
-        writer.add_tensor(name, np.ones(spec.hidden, np.float32))
-    for seed, (name, rows, columns, std) in enumerate(tensors(spec), spec.seed):
-        data = random_q4_0(rows, columns, std, seed)
-        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    os.replace(partial, path)
+    with llama_gguf(path, sizes, gguf.LlamaFileType.MOSTLY_Q4_0) as writer:
+        for name in [*norms, "output_norm.weight"]:
+            writer.add_tensor(name, np.ones(spec.hidden, np.float32))
+        for seed, (name, rows, columns, std) in enumerate(tensors(spec), spec.seed):
+            data = random_q4_0(rows, columns, std, seed)
+            writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
     return path

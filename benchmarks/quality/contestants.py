@@ -293,7 +293,7 @@ def _onnxsim(options: dict[str, Any], subject: Subject, folder: Path) -> Path:
 def _llama_cpp() -> Iterator[Contestant]:
     stamp = _stamp("llama-cpp-python")
     yield Contestant("llama.cpp", "F32", partial(_gguf, "", False), stamp, kinds=("decoder",))
-    for kind in ("Q3_K_M", "Q4_0", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0"):
+    for kind in gguf_peer.CONTESTANTS:
         for weighted in (False, True):
             name = f"{kind}, imatrix" if weighted else kind
             yield Contestant("llama.cpp", name, partial(_gguf, kind, weighted), stamp, kinds=("decoder",))

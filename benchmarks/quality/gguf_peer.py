@@ -13,12 +13,16 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gguf_llama import LlamaSizes, llama_gguf
 from llama_checkpoint import LlamaCheckpoint, read_hugging_face, read_llama2c
 from numpy.typing import NDArray
 
@@ -39,36 +43,43 @@ TYPES = {
     "Q5_K_S": 16,
     "Q5_K_M": 17,
     "Q6_K": 18,
+    "IQ2_XS": 20,
+    "Q2_K_S": 21,
+    "IQ3_XS": 22,
     "IQ3_XXS": 23,
     "IQ4_NL": 25,
     "IQ3_S": 26,
+    "IQ3_M": 27,
+    "IQ2_S": 28,
+    "IQ2_M": 29,
     "IQ4_XS": 30,
 }
+#: Those of the quality table, from 2 to 8 bits.
+CONTESTANTS = (
+    *("Q2_K", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "Q3_K_S", "Q3_K_M", "Q4_0", "IQ4_XS", "IQ4_NL"),
+    *("Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0"),
+)
 
 
-def write_gguf(model: LlamaCheckpoint, path: Path) -> None:
-    """Write a float32 GGUF of the architecture llama, without a vocabulary."""
+def write_gguf(model: LlamaCheckpoint, path: Path, words: Sequence[str] = ()) -> None:
+    """Write a float32 GGUF of the architecture llama; without `words` it has no vocabulary."""
     import gguf
 
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(model.context)
-    writer.add_embedding_length(model.hidden)
-    writer.add_block_count(model.layers)
-    writer.add_feed_forward_length(model.intermediate)
-    writer.add_head_count(model.heads)
-    writer.add_head_count_kv(model.kv_heads)
-    writer.add_layer_norm_rms_eps(model.epsilon)
-    writer.add_rope_dimension_count(model.hidden // model.heads)
-    writer.add_rope_freq_base(model.theta)
-    writer.add_vocab_size(model.vocab)
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    writer.add_tokenizer_model("no_vocab")
-    for name, array in model.tensors.items():
-        writer.add_tensor(f"{name}.weight", np.ascontiguousarray(array, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    sizes = LlamaSizes(
+        hidden=model.hidden,
+        intermediate=model.intermediate,
+        layers=model.layers,
+        heads=model.heads,
+        kv_heads=model.kv_heads,
+        head_dim=model.hidden // model.heads,
+        vocab=model.vocab,
+        context=model.context,
+        epsilon=model.epsilon,
+        theta=model.theta,
+    )
+    with llama_gguf(path, sizes, gguf.LlamaFileType.ALL_F32, words) as writer:
+        for name, array in model.tensors.items():
+            writer.add_tensor(f"{name}.weight", np.ascontiguousarray(array, np.float32))
 
 
 def quantize(
