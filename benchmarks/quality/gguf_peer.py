@@ -54,11 +54,6 @@ TYPES = {
     "IQ2_M": 29,
     "IQ4_XS": 30,
 }
-#: Those of the quality table, from 2 to 8 bits.
-CONTESTANTS = (
-    *("Q2_K", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "Q3_K_S", "Q3_K_M", "Q4_0", "IQ4_XS", "IQ4_NL"),
-    *("Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0"),
-)
 
 
 def write_gguf(model: LlamaCheckpoint, path: Path, words: Sequence[str] = ()) -> None:
@@ -110,7 +105,8 @@ def quantize(
     if held:
         options.imatrix = ctypes.cast(entries, ctypes.POINTER(llama.llama_model_imatrix_data))
     if llama.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(options)):
-        raise RuntimeError(f"llama.cpp does not make {kind} of it: {'; '.join(log.messages) or 'no reason given'}")
+        reasons = [line.strip() for line in log.messages if any(map(str.isalpha, line))]  # not the rules around them
+        raise RuntimeError(f"llama.cpp does not make {kind} of it: {'; '.join(reasons) or 'no reason given'}")
 
 
 def tensor_types(path: Path) -> Counter[str]:

@@ -28,8 +28,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from contestants import Contestant, NothingChanged, artifact_bytes, clear, ours, peers
+from contestants import Contestant, NothingChanged, artifact_bytes, clear, ours
 from encoder_quality import compare, embed
+from peers_gguf import gguf_peers
+from peers_onnx import onnx_peers
 from recorded import Recorded
 from render import markdown, plain
 from subjects import MINILM_NAME, SAMPLE_NAME, Subject, minilm, sample, story, story_names
@@ -166,7 +168,7 @@ def main() -> None:
     logging.getLogger("gguf").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as scratch:
         work = args.work or Path(scratch)
-        stored = run(list(_subjects(args, work)), [*ours(tuple(args.ours)), *peers()], args, work)
+        stored = run(list(_subjects(args, work)), [*ours(tuple(args.ours)), *onnx_peers(), *gguf_peers()], args, work)
     text = markdown(stored)
     print(text)
     if args.write:
