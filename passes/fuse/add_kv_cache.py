@@ -15,9 +15,9 @@ from onnxslim_llm.errors import ModelError
 from onnxslim_llm.ir.shapes import SymbolicValues, infer_shapes
 from onnxslim_llm.ir.shapes.dims import Expr
 from onnxslim_llm.ir.topology import sort_nodes
-from onnxslim_llm.passes.fuse.growing_text import GrowingText
-from onnxslim_llm.passes.fuse.token_axes import ELEMENTWISE, MixesTokensError, TokenAxes
-from onnxslim_llm.passes.fuse.whole_text import Lengths, WholeText, depends_on
+from onnxslim_llm.passes.fuse.tokens.axes import ELEMENTWISE, MixesTokensError, TokenAxes
+from onnxslim_llm.passes.fuse.tokens.growing_text import GrowingText
+from onnxslim_llm.passes.fuse.tokens.whole_text import Lengths, WholeText, depends_on
 from onnxslim_llm.rewrite.edit import Builder, detach, remove_dead
 from onnxslim_llm.rewrite.engine import graph_output_ids
 from onnxslim_llm.rewrite.passes import Change, Pass

@@ -14,8 +14,8 @@ from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.shapes import SymbolicValues, infer_shapes
 from onnxslim_llm.ir.shapes.dims import is_nonnegative
 from onnxslim_llm.ir.weights import weight_of
-from onnxslim_llm.passes.fuse.rotary_positions import PositionTable, find_positions, tabulate
-from onnxslim_llm.passes.fuse.rotary_steps import producer
+from onnxslim_llm.passes.fuse.rotary.positions import PositionTable, find_positions, tabulate
+from onnxslim_llm.passes.fuse.rotary.steps import producer
 from onnxslim_llm.rewrite.constants import constant_tensor
 from onnxslim_llm.rewrite.edit import Builder, remove_dead
 from onnxslim_llm.rewrite.engine import graph_output_ids

@@ -12,9 +12,9 @@ from onnxslim_llm.concepts.attention import AttentionForm, call_attention, is_at
 from onnxslim_llm.concepts.opset import CONCEPT_OPSET, raise_opset
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.topology import sort_nodes
-from onnxslim_llm.passes.fuse.attention_bias import emit_bias
-from onnxslim_llm.passes.fuse.attention_products import NotAttentionError, reason_of
-from onnxslim_llm.passes.fuse.attention_site import Site, Surroundings, read_site
+from onnxslim_llm.passes.fuse.attention.bias import emit_bias
+from onnxslim_llm.passes.fuse.attention.products import NotAttentionError, reason_of
+from onnxslim_llm.passes.fuse.attention.site import Site, Surroundings, read_site
 from onnxslim_llm.rewrite.edit import Builder, inherit_metadata, remove_dead, replace_output
 from onnxslim_llm.rewrite.engine import graph_output_ids
 from onnxslim_llm.rewrite.passes import Change, Pass

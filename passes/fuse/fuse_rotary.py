@@ -9,10 +9,10 @@ import onnx_graphsurgeon as gs
 
 from onnxslim_llm.concepts.opset import CONCEPT_OPSET, raise_opset
 from onnxslim_llm.ir.shapes import infer_shapes
-from onnxslim_llm.passes.fuse.rotary_build import Layout, RotaryBuilder, layout_of
-from onnxslim_llm.passes.fuse.rotary_elements import Elements
-from onnxslim_llm.passes.fuse.rotary_match import ROOTS, Rotation, find_rotation
-from onnxslim_llm.passes.fuse.rotary_tables import Table, TableProofs, table_of
+from onnxslim_llm.passes.fuse.rotary.build import Layout, RotaryBuilder, layout_of
+from onnxslim_llm.passes.fuse.rotary.elements import Elements
+from onnxslim_llm.passes.fuse.rotary.match import ROOTS, Rotation, find_rotation
+from onnxslim_llm.passes.fuse.rotary.tables import Table, TableProofs, table_of
 from onnxslim_llm.rewrite.edit import Builder, inherit_metadata, remove_dead, replace_output
 from onnxslim_llm.rewrite.engine import graph_output_ids
 from onnxslim_llm.rewrite.passes import Change, Pass

@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from onnxslim_llm.concepts.block_weights import BLOCK_MATMUL
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.topology import sort_nodes
-from onnxslim_llm.passes.fuse.token_axes import ELEMENTWISE
+from onnxslim_llm.passes.fuse.tokens.axes import ELEMENTWISE
 from onnxslim_llm.rewrite.constants import is_constant
 from onnxslim_llm.rewrite.edit import Builder
 from onnxslim_llm.rewrite.engine import graph_output_ids

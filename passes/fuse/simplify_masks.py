@@ -14,11 +14,11 @@ from onnxslim_llm.concepts.attention import AttentionForm, attention_form, call_
 from onnxslim_llm.concepts.concept import drop_unused_functions, replace_nodes
 from onnxslim_llm.ir.shapes import SymbolicValues, infer_shapes
 from onnxslim_llm.ir.topology import sort_nodes
-from onnxslim_llm.passes.fuse.mask_axes import attention_axes
-from onnxslim_llm.passes.fuse.mask_meaning import PaddingRule, Unclear
-from onnxslim_llm.passes.fuse.mask_points import Axes
-from onnxslim_llm.passes.fuse.mask_proof import Proven, prove_mask
-from onnxslim_llm.passes.fuse.mask_terms import Split, split_bias
+from onnxslim_llm.passes.fuse.masks.axes import attention_axes
+from onnxslim_llm.passes.fuse.masks.meaning import PaddingRule, Unclear
+from onnxslim_llm.passes.fuse.masks.points import Axes
+from onnxslim_llm.passes.fuse.masks.proof import Proven, prove_mask
+from onnxslim_llm.passes.fuse.masks.terms import Split, split_bias
 from onnxslim_llm.rewrite.edit import Builder, detach, remove_dead
 from onnxslim_llm.rewrite.engine import graph_output_ids
 from onnxslim_llm.rewrite.passes import Change, Pass

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.shapes.dims import parse, symbol
-from onnxslim_llm.passes.fuse.arrange import arrange
-from onnxslim_llm.passes.fuse.axes import Atom, Trail, View, follow_back, leaves, regroup, size_of, view_of
+from onnxslim_llm.passes.fuse.attention.arrange import arrange
+from onnxslim_llm.passes.fuse.attention.axes import Atom, Trail, View, follow_back, leaves, regroup, size_of, view_of
 
 Array = np.ndarray[Any, Any]
 B, S = symbol("B"), symbol("S")

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from mask_models import CACHE, RANGES, attention_model, form_of
 
 from onnxslim_llm.ir.shapes import infer_shapes
-from onnxslim_llm.passes.fuse.mask_axes import attention_axes
-from onnxslim_llm.passes.fuse.mask_meaning import OPERATORS, Unclear
-from onnxslim_llm.passes.fuse.mask_proof import Proven, prove_mask
+from onnxslim_llm.passes.fuse.masks.axes import attention_axes
+from onnxslim_llm.passes.fuse.masks.meaning import OPERATORS, Unclear
+from onnxslim_llm.passes.fuse.masks.proof import Proven, prove_mask
 from onnxslim_llm.rewrite.probe import Probe, make_probe
 
 CONSTANTS = (0, 1, 2, 7, 33, 40, 600)

@@ -8,7 +8,7 @@ from block_models import model_of, proto, weights
 
 from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.topology import sort_nodes
-from onnxslim_llm.passes.fuse.token_axes import MixesTokensError, TokenAxes, TokenAxis
+from onnxslim_llm.passes.fuse.tokens.axes import MixesTokensError, TokenAxes, TokenAxis
 
 BODY = """
     agraph (int64[b, s] ids, float[b, 1] gain) => (float[DIMS] y) {{

@@ -11,14 +11,14 @@ import onnx_graphsurgeon as gs
 
 from onnxslim_llm.ir.shapes import SymbolicValues
 from onnxslim_llm.ir.topology import read_tensors
-from onnxslim_llm.passes.fuse.arrange import Arrangement
-from onnxslim_llm.passes.fuse.attention_bias import lift_masks
-from onnxslim_llm.passes.fuse.attention_operands import Cache, Heads, Operand, new_operand, read_heads
-from onnxslim_llm.passes.fuse.attention_outputs import Result, Results, read_results
-from onnxslim_llm.passes.fuse.attention_products import NotAttentionError
-from onnxslim_llm.passes.fuse.attention_scores import Scores, is_widening, keeps_rows, producer, read_scores
-from onnxslim_llm.passes.fuse.attention_weights import Weights, read_weights
-from onnxslim_llm.passes.fuse.axes import View, leaves, regroup, size_of
+from onnxslim_llm.passes.fuse.attention.arrange import Arrangement
+from onnxslim_llm.passes.fuse.attention.axes import View, leaves, regroup, size_of
+from onnxslim_llm.passes.fuse.attention.bias import lift_masks
+from onnxslim_llm.passes.fuse.attention.operands import Cache, Heads, Operand, new_operand, read_heads
+from onnxslim_llm.passes.fuse.attention.outputs import Result, Results, read_results
+from onnxslim_llm.passes.fuse.attention.products import NotAttentionError
+from onnxslim_llm.passes.fuse.attention.scores import Scores, is_widening, keeps_rows, producer, read_scores
+from onnxslim_llm.passes.fuse.attention.weights import Weights, read_weights
 
 __all__ = ["Site", "Surroundings", "read_site"]
 

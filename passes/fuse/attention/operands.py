@@ -14,10 +14,10 @@ import onnx_graphsurgeon as gs
 
 from onnxslim_llm.ir.shapes import SymbolicValues
 from onnxslim_llm.ir.shapes.dims import Expr
-from onnxslim_llm.passes.fuse.arrange import Arrangement, arrange
-from onnxslim_llm.passes.fuse.attention_products import NotAttentionError, Product
-from onnxslim_llm.passes.fuse.attention_scores import producer
-from onnxslim_llm.passes.fuse.axes import Atom, Trail, View, exact_quotient, follow_back, leaves, size_of
+from onnxslim_llm.passes.fuse.attention.arrange import Arrangement, arrange
+from onnxslim_llm.passes.fuse.attention.axes import Atom, Trail, View, exact_quotient, follow_back, leaves, size_of
+from onnxslim_llm.passes.fuse.attention.products import NotAttentionError, Product
+from onnxslim_llm.passes.fuse.attention.scores import producer
 
 __all__ = ["Axes", "Cache", "Heads", "Operand", "Source", "new_operand", "read_heads"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from onnxslim_llm.passes.fuse.axes import Atom, View, leaves, size_of
+from onnxslim_llm.passes.fuse.attention.axes import Atom, View, leaves, size_of
 from onnxslim_llm.rewrite.edit import Builder
 
 __all__ = ["Arrangement", "arrange"]

@@ -9,11 +9,11 @@ import onnx_graphsurgeon as gs
 
 from onnxslim_llm.ir.shapes import SymbolicValues
 from onnxslim_llm.ir.shapes.symbolic import is_named
-from onnxslim_llm.passes.fuse.arrange import Arrangement, arrange
-from onnxslim_llm.passes.fuse.attention_operands import Axes
-from onnxslim_llm.passes.fuse.attention_products import NotAttentionError, Product
-from onnxslim_llm.passes.fuse.attention_weights import users_of
-from onnxslim_llm.passes.fuse.axes import View, exact_quotient, leaves, move, regroup, size_of
+from onnxslim_llm.passes.fuse.attention.arrange import Arrangement, arrange
+from onnxslim_llm.passes.fuse.attention.axes import View, exact_quotient, leaves, move, regroup, size_of
+from onnxslim_llm.passes.fuse.attention.operands import Axes
+from onnxslim_llm.passes.fuse.attention.products import NotAttentionError, Product
+from onnxslim_llm.passes.fuse.attention.weights import users_of
 
 __all__ = ["Result", "Results", "read_results"]
 

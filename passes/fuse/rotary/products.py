@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import onnx_graphsurgeon as gs
 
-from onnxslim_llm.passes.fuse.rotary_elements import Elements
-from onnxslim_llm.passes.fuse.rotary_steps import Element, operand_picks, producer
+from onnxslim_llm.passes.fuse.rotary.elements import Elements
+from onnxslim_llm.passes.fuse.rotary.steps import Element, operand_picks, producer
 from onnxslim_llm.rewrite.constants import is_constant
 
 __all__ = ["Product", "SumReader"]

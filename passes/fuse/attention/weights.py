@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import onnx_graphsurgeon as gs
 
 from onnxslim_llm.ir.shapes import SymbolicValues
-from onnxslim_llm.passes.fuse.attention_products import NotAttentionError, Product, read_product
-from onnxslim_llm.passes.fuse.attention_rows import guard_against_empty_rows, guard_against_nan
-from onnxslim_llm.passes.fuse.attention_scores import Scores
-from onnxslim_llm.passes.fuse.axes import View, move
+from onnxslim_llm.passes.fuse.attention.axes import View, move
+from onnxslim_llm.passes.fuse.attention.products import NotAttentionError, Product, read_product
+from onnxslim_llm.passes.fuse.attention.rows import guard_against_empty_rows, guard_against_nan
+from onnxslim_llm.passes.fuse.attention.scores import Scores
 from onnxslim_llm.rewrite.constants import constant_value
 from onnxslim_llm.rewrite.schema import normal_domain
 

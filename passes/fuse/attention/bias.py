@@ -9,10 +9,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxslim_llm.ir.shapes import SymbolicValues
-from onnxslim_llm.passes.fuse.arrange import Arrangement, arrange
-from onnxslim_llm.passes.fuse.attention_products import NotAttentionError
-from onnxslim_llm.passes.fuse.attention_scores import Mask
-from onnxslim_llm.passes.fuse.axes import Atom, View, leaves
+from onnxslim_llm.passes.fuse.attention.arrange import Arrangement, arrange
+from onnxslim_llm.passes.fuse.attention.axes import Atom, View, leaves
+from onnxslim_llm.passes.fuse.attention.products import NotAttentionError
+from onnxslim_llm.passes.fuse.attention.scores import Mask
 from onnxslim_llm.rewrite.edit import Builder
 
 __all__ = ["emit_bias", "lift_masks"]

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import onnx_graphsurgeon as gs
 
 from onnxslim_llm.ir.shapes import SymbolicValues
-from onnxslim_llm.passes.fuse.rotary_steps import STEPS, Element, Picks, Sizes, producer
+from onnxslim_llm.passes.fuse.rotary.steps import STEPS, Element, Picks, Sizes, producer
 
 __all__ = ["Elements"]
 

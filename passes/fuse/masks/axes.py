@@ -10,7 +10,7 @@ from onnxslim_llm.concepts.attention import AttentionForm
 from onnxslim_llm.ir.shapes import SymbolicValues
 from onnxslim_llm.ir.shapes.dims import Dim
 from onnxslim_llm.ir.shapes.symbolic import UNKNOWN
-from onnxslim_llm.passes.fuse.mask_points import Axes
+from onnxslim_llm.passes.fuse.masks.points import Axes
 from onnxslim_llm.rewrite.probe import symbols_of
 
 __all__ = ["attention_axes"]

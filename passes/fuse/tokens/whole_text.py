@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 
 from onnxslim_llm.ir.shapes import SymbolicValues
 from onnxslim_llm.ir.shapes.dims import Dim, Expr
-from onnxslim_llm.passes.fuse.token_axes import ELEMENTWISE, MixesTokensError
+from onnxslim_llm.passes.fuse.tokens.axes import ELEMENTWISE, MixesTokensError
 from onnxslim_llm.rewrite.constants import constant_value
 from onnxslim_llm.rewrite.edit import Builder
 from onnxslim_llm.rewrite.schema import normal_domain

@@ -15,9 +15,9 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxslim_llm.ir.weights import weight_of
-from onnxslim_llm.passes.fuse.rotary_roles import COLUMNS, ROLES, SAME, NotRowwiseError, Role, Value, merged_roles
-from onnxslim_llm.passes.fuse.rotary_steps import producer
-from onnxslim_llm.passes.fuse.rotary_tables import ELEMENTWISE
+from onnxslim_llm.passes.fuse.rotary.roles import COLUMNS, ROLES, SAME, NotRowwiseError, Role, Value, merged_roles
+from onnxslim_llm.passes.fuse.rotary.steps import producer
+from onnxslim_llm.passes.fuse.rotary.tables import ELEMENTWISE
 from onnxslim_llm.rewrite.constants import constant_tensor
 from onnxslim_llm.rewrite.evaluate import evaluate
 from onnxslim_llm.rewrite.rule import Refusal

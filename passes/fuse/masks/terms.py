@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxslim_llm.passes.fuse.mask_meaning import MASKED, Unclear
-from onnxslim_llm.passes.fuse.mask_proof import Proven
+from onnxslim_llm.passes.fuse.masks.meaning import MASKED, Unclear
+from onnxslim_llm.passes.fuse.masks.proof import Proven
 from onnxslim_llm.rewrite.constants import constant_value
 from onnxslim_llm.rewrite.schema import normal_domain
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxslim_llm.passes.fuse.attention_scores import producer
+from onnxslim_llm.passes.fuse.attention.scores import producer
 from onnxslim_llm.rewrite.constants import constant_value
 
 __all__ = ["guard_against_empty_rows", "guard_against_nan"]

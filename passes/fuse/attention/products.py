@@ -8,7 +8,7 @@ import onnx_graphsurgeon as gs
 
 from onnxslim_llm.ir.shapes import SymbolicValues
 from onnxslim_llm.ir.shapes.dims import Dim
-from onnxslim_llm.passes.fuse.axes import View, view_of
+from onnxslim_llm.passes.fuse.attention.axes import View, view_of
 from onnxslim_llm.rewrite.rule import Refusal
 from onnxslim_llm.rewrite.schema import normal_domain
 

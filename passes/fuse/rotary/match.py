@@ -14,9 +14,9 @@ from typing import NamedTuple
 import onnx_graphsurgeon as gs
 
 from onnxslim_llm.concepts.rotary import RotaryPairs
-from onnxslim_llm.passes.fuse.rotary_elements import Elements
-from onnxslim_llm.passes.fuse.rotary_products import Product, SumReader
-from onnxslim_llm.passes.fuse.rotary_steps import Element, producer
+from onnxslim_llm.passes.fuse.rotary.elements import Elements
+from onnxslim_llm.passes.fuse.rotary.products import Product, SumReader
+from onnxslim_llm.passes.fuse.rotary.steps import Element, producer
 from onnxslim_llm.rewrite.rule import Refusal
 
 __all__ = ["ROOTS", "Column", "NearRotation", "Rotation", "find_rotation"]

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from onnxslim_llm.ir.shapes import SymbolicValues
 from onnxslim_llm.ir.shapes.dims import Dim, Expr
-from onnxslim_llm.passes.fuse.mask_meaning import OPERATORS, Observation, Reading, Unclear, node_reason, read_mask
-from onnxslim_llm.passes.fuse.mask_points import Axes, Breaks, Point, all_masks, break_points, paddings, points, solve
+from onnxslim_llm.passes.fuse.masks.meaning import OPERATORS, Observation, Reading, Unclear, node_reason, read_mask
+from onnxslim_llm.passes.fuse.masks.points import Axes, Breaks, Point, all_masks, break_points, paddings, points, solve
 from onnxslim_llm.rewrite.probe import Probe, Unprobed, make_probe, size_at, symbols_of
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from onnx import TensorProto
 
 from onnxslim_llm.ir.shapes import SymbolicValues
 from onnxslim_llm.ir.weights import dtypes
-from onnxslim_llm.passes.fuse.attention_products import NotAttentionError, Product, read_product
-from onnxslim_llm.passes.fuse.axes import View, leaves, move, scaling
+from onnxslim_llm.passes.fuse.attention.axes import View, leaves, move, scaling
+from onnxslim_llm.passes.fuse.attention.products import NotAttentionError, Product, read_product
 from onnxslim_llm.rewrite.constants import constant_value
 from onnxslim_llm.rewrite.schema import normal_domain
 

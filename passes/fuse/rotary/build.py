@@ -14,10 +14,10 @@ from onnxslim_llm.concepts.rotary import rotary_concept
 from onnxslim_llm.ir.shapes.dims import Dim
 from onnxslim_llm.ir.shapes.symbolic import is_named
 from onnxslim_llm.ir.weights import weight_of
-from onnxslim_llm.passes.fuse.rotary_elements import Elements
-from onnxslim_llm.passes.fuse.rotary_match import Rotation
-from onnxslim_llm.passes.fuse.rotary_steps import Element, producer, sliced_axes, unsqueezed_axes
-from onnxslim_llm.passes.fuse.rotary_tables import ELEMENTWISE, Table
+from onnxslim_llm.passes.fuse.rotary.elements import Elements
+from onnxslim_llm.passes.fuse.rotary.match import Rotation
+from onnxslim_llm.passes.fuse.rotary.steps import Element, producer, sliced_axes, unsqueezed_axes
+from onnxslim_llm.passes.fuse.rotary.tables import ELEMENTWISE, Table
 from onnxslim_llm.rewrite.constants import constant_tensor
 from onnxslim_llm.rewrite.edit import Builder
 from onnxslim_llm.rewrite.rule import Refusal

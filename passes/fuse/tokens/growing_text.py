@@ -13,8 +13,8 @@ import onnx_graphsurgeon as gs
 
 from onnxslim_llm.ir.shapes import SymbolicValues
 from onnxslim_llm.ir.shapes.dims import Expr
-from onnxslim_llm.passes.fuse.token_axes import ELEMENTWISE, MixesTokensError
-from onnxslim_llm.passes.fuse.whole_text import depends_on
+from onnxslim_llm.passes.fuse.tokens.axes import ELEMENTWISE, MixesTokensError
+from onnxslim_llm.passes.fuse.tokens.whole_text import depends_on
 from onnxslim_llm.rewrite.constants import constant_value
 from onnxslim_llm.rewrite.schema import normal_domain
 

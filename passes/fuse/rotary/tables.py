@@ -14,9 +14,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxslim_llm.ir.weights import weight_of
-from onnxslim_llm.passes.fuse.rotary_elements import Elements
-from onnxslim_llm.passes.fuse.rotary_match import Column, Rotation
-from onnxslim_llm.passes.fuse.rotary_steps import Element, Picks, operand_picks, producer, sliced_axes
+from onnxslim_llm.passes.fuse.rotary.elements import Elements
+from onnxslim_llm.passes.fuse.rotary.match import Column, Rotation
+from onnxslim_llm.passes.fuse.rotary.steps import Element, Picks, operand_picks, producer, sliced_axes
 from onnxslim_llm.rewrite.constants import constant_tensor
 from onnxslim_llm.rewrite.rule import Refusal
 

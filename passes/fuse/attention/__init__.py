@@ -1,0 +1,1 @@
+"""Attention: how exporters spell it, and what each part of it means."""

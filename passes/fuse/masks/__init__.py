@@ -1,0 +1,1 @@
+"""Masks: what an attention mask says about which query sees which key, and the proof of it."""

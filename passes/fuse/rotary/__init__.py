@@ -1,0 +1,1 @@
+"""Rotary embeddings: how exporters spell the rotation, its tables and its positions."""
