@@ -41,11 +41,11 @@ def test_a_file_may_start_from_a_preset(tmp_path: Path) -> None:
 
 
 def test_settings_change_every_step_of_a_pass() -> None:
-    recipe = Recipe.load("int4").with_settings(["quantize_weights.block=64", "quantize_weights.method=rtn"])
+    recipe = Recipe.load("int4-fast").with_settings(["quantize_weights.block=64", "quantize_weights.method=rtn"])
     options = next(s.options for s in recipe.passes if s.name == "quantize_weights")
     assert options["block"] == 64
     assert options["method"] == "rtn"
-    assert recipe.digest() != Recipe.load("int4").digest()
+    assert recipe.digest() != Recipe.load("int4-fast").digest()
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_settings_change_every_step_of_a_pass() -> None:
 )
 def test_a_wrong_setting_is_refused(setting: str, said: str) -> None:
     with pytest.raises(UsageError) as caught:
-        Recipe.load("int4").with_settings([setting])
+        Recipe.load("int4-fast").with_settings([setting])
     assert said in caught.value.what
 
 

@@ -71,7 +71,7 @@ def prepare(shape: str, folder: Path, names: list[str]) -> dict[str, Path]:
                 source,
                 folder / name,
                 target=name,
-                recipe="int4",
+                recipe="int4-fast",
                 settings=SETTINGS,
                 kv_cache="shared",
                 logits="last",

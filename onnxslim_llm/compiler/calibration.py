@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnxslim_llm.compiler.own_text import OWN_WINDOW, Tokens, own_text, token_count
+from onnxslim_llm.compiler.probing_cost import too_much_work
 from onnxslim_llm.compiler.progress import Progress
-from onnxslim_llm.errors import SlimError, UsageError
+from onnxslim_llm.errors import ModelError, UsageError
 from onnxslim_llm.ir.model import open_model
 from onnxslim_llm.rewrite.passes import Pass
 from onnxslim_llm.runtime.sidefiles import SideFiles
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from onnxslim_llm.runtime.session import Session
     from onnxslim_llm.stats.statistics import Statistics
 
-__all__ = ["SELF", "Calibrator", "written_by"]
+__all__ = ["SELF", "Calibrator"]
 
 #: Instead of a file: text that the model itself writes.
 SELF = "self"
@@ -37,12 +38,6 @@ SELF = "self"
 TOKENS = 32_768
 #: Tokens of a sample, if the model's context is not shorter.
 WINDOW = 512
-#: The model writes fewer, and shorter ones: every token of a row costs a step, which writes one for many rows at once.
-#: Samples of 128 tokens serve as well as those of 512 (mean KL 0.0263 and 0.0262 for 4.5 bits of the sample model).
-SELF_TOKENS = 16_384
-_SELF_ROWS, _FEWEST_ROWS, _SELF_WINDOW = 128, 32, 128
-#: From this size of the weights on, a step takes a second or so: then fewer tokens.
-_LARGE_BYTES, _LARGE_TOKENS = 1 << 30, 4096
 
 _ARRAYS = (".npz", ".npy")
 
@@ -58,6 +53,8 @@ class Calibrator:
         threads: Of the runtime.
         progress: Told about the runs.
         notes: What the user should know.
+        any_size: Knows the source before its sizes were fixed, where they were and the user gave no data: models write
+            text one token at a time.
     """
 
     source: Path
@@ -66,8 +63,10 @@ class Calibrator:
     threads: int
     progress: Progress
     notes: list[str] = field(default_factory=list)
+    any_size: Calibrator | None = None
     _statistics: Statistics | None = field(default=None, repr=False)
     _data: Calibration | None = field(default=None, repr=False)
+    _no_own_text: str = field(default="", repr=False)
     _ranges: dict[str, NDArray[Any]] | None = field(default=None, repr=False)
 
     def statistics(self) -> Statistics | None:
@@ -83,10 +82,9 @@ class Calibrator:
 
             self.progress.stage("calibrate", None, "samples")
             calibration = self._data = self.calibration(open_session(self.source, threads=self.threads))
-            identity = f"{self.source} {self.source.stat().st_size} {self.source.stat().st_mtime_ns}"
             self._statistics, notes = collect(
                 self.source,
-                hashlib.sha256(identity.encode()).hexdigest(),
+                self._identity(),
                 calibration,
                 self.folder,
                 threads=self.threads,
@@ -98,9 +96,16 @@ class Calibrator:
     def wanted_by(self, passes: Iterable[Pass]) -> Statistics | None:
         """Return the statistics if one of the passes works from them, with gains if one wants these."""
         steps = [step for step in passes if step.wants_statistics]
-        if steps and self.data is None and all(step.takes_own_text for step in steps):
-            return self._of_own_text(steps)
-        statistics = self.statistics() if steps else None
+        if not steps:
+            return None
+        if (self.data is None or self.any_size is not None) and all(step.takes_own_text for step in steps):
+            free = self.any_size or self
+            found = free._of_own_text(steps)
+            self.notes += [note for note in free.notes if note not in self.notes]
+            return found
+        return self._with_gains(self.statistics(), steps)
+
+    def _with_gains(self, statistics: Statistics | None, steps: Sequence[Pass]) -> Statistics | None:
         if statistics is None or statistics.gains or not any(step.wants_gains for step in steps):
             return statistics
         from onnxslim_llm.stats.gains import measure_gains
@@ -117,16 +122,25 @@ class Calibrator:
         self._statistics = replace(statistics, gains=gains)
         return self._statistics
 
-    def _of_own_text(self, steps: list[Pass]) -> Statistics | None:
+    def _of_own_text(self, steps: Sequence[Pass]) -> Statistics | None:
         """Return statistics of text that the model writes; None, with a note, for what does not run or decode."""
-        try:
-            self.data = Path(SELF)
-            return self.wanted_by(steps)
-        except SlimError as error:
-            self.notes.append(f"the model could not write a text to learn from ({error.what}): weights are searched")
+        if self._no_own_text:
             return None
-        finally:
-            self.data = None
+        if all(step.minds_cost for step in steps):
+            self._no_own_text = too_much_work(self.stub())
+        if not self._no_own_text:
+            try:
+                self.data = Path(SELF)
+                return self._with_gains(self.statistics(), steps)
+            except (ModelError, UsageError) as error:
+                what = f"{error.what}, {error.where}" if error.where not in ("", "--calib") else error.what
+                self._no_own_text = (
+                    f"the model could not write a text to learn from: {what}; give data with --calib FILE"
+                )
+            finally:
+                self.data = None
+        self.notes.append(f"weights are chosen without statistics: {self._no_own_text}")
+        return None
 
     def cache_ranges_wanted_by(self, passes: Iterable[Pass]) -> dict[str, NDArray[Any]] | None:
         """Return how large the caches' entries become, if one of the passes wants to know.
@@ -151,7 +165,7 @@ class Calibrator:
         """Remove what was stored: the weights are written."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def tokens(self, limit: int | None = TOKENS) -> np.ndarray[tuple[int], np.dtype[np.int64]] | None:
+    def tokens(self, limit: int | None = TOKENS) -> Tokens | None:
         """Return the tokens of the user's text; None if there is none.
 
         Args:
@@ -165,7 +179,7 @@ class Calibrator:
         files = self._files()
         return None if any(file.suffix in _ARRAYS for file in files) else self._read(files, limit)
 
-    def array_input(self, name: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def array_input(self, name: str) -> Tokens:
         """Return all values of one input in the user's .npz files, flat.
 
         Raises:
@@ -214,27 +228,27 @@ class Calibrator:
         context = SideFiles.of(self.source.parent).context_length
         window = min(WINDOW, signature.length or WINDOW, context or WINDOW)
         if itself:
-            large = _model_bytes(self.source) > _LARGE_BYTES
-            window, total = min(window, _SELF_WINDOW), _LARGE_TOKENS if large else SELF_TOKENS
-            told = self._written(runner, window, total)
+            window = min(window, OWN_WINDOW)
+            told = self._written(runner, window)
             return TokenCalibration.checked(told, window, runner.vocab, runner.arrays)
         calibration = TokenCalibration.checked(self._read(files)[:TOKENS], window, runner.vocab, runner.arrays)
         self._look_at(calibration, runner)
         return calibration
 
-    def _written(self, runner: DecoderRunner, window: int, total: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Return what the model writes; an interrupted compile that goes on finds it in its folder."""
-        file = self.folder / "written.npy"
-        if file.is_file():
-            found: np.ndarray[tuple[int], np.dtype[np.int64]] = np.load(file)
-            return found
+    def _written(self, runner: DecoderRunner, window: int) -> Tokens:
         self.progress.stage("calibrate: the model writes", None, "tokens")
-        written = written_by(runner, window, total, lambda done, of: self.progress.advance(done, f"{done} of {of}"))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".part.npy")
-        np.save(temporary, written)
-        os.replace(temporary, file)
-        return written
+        return own_text(
+            runner,
+            window,
+            token_count(self.source),
+            self.folder / f"written-{self._identity()[:16]}.npy",
+            lambda done, of: self.progress.advance(done, f"{done} of {of}"),
+        )
+
+    def _identity(self) -> str:
+        """Return a digest of the source's file: statistics may be kept for further compiles."""
+        state = self.source.stat()
+        return hashlib.sha256(f"{self.source} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()
 
     def _look_at(self, calibration: TokenCalibration, runner: DecoderRunner) -> None:
         """Note what is odd about a text."""
@@ -252,7 +266,7 @@ class Calibrator:
         assert self.data is not None
         return sorted(self.data.iterdir()) if self.data.is_dir() else [self.data]
 
-    def _read(self, files: list[Path], limit: int | None = TOKENS) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def _read(self, files: list[Path], limit: int | None = TOKENS) -> Tokens:
         tokenizer = None
         found: list[int] = []
         for file in (f for f in files if f.suffix in (".txt", ".jsonl") or len(files) == 1):
@@ -292,39 +306,3 @@ def _pieces(file: Path) -> Iterator[str | list[int]]:
         else:
             todo = 'write {"text": "..."} or {"tokens": [1, 2, ...]} on each line'
             raise UsageError(f"line {number} has neither text nor tokens", where=str(file), todo=todo)
-
-
-def _model_bytes(source: Path) -> int:
-    """Bytes of the weights of a source model."""
-    return open_model(source).weight_bytes()
-
-
-def written_by(
-    runner: DecoderRunner, window: int, total: int = SELF_TOKENS, progress: Callable[[int, int], None] | None = None
-) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Return token ids sampled from the model itself, many rows at once, each from a random first token.
-
-    Args:
-        runner: The model.
-        window: Tokens of a row.
-        total: How many tokens to write; the rows of a batch are always finished.
-        progress: Called with (done, of how many) tokens.
-    """
-    rng = np.random.default_rng(0)
-    fixed = runner.signature.batch
-    rows = fixed or min(_SELF_ROWS, max(_FEWEST_ROWS, total // window))
-    written = []
-    batches = max(1, total // (rows * window))
-    for batch in range(batches):
-        ids = rng.integers(0, runner.vocab, (rows, 1))
-        logits, state = runner.extend(ids)
-        for _ in range(window - 1):
-            last = logits[:, -1].astype(np.float64)
-            # The largest of logits with Gumbel noise is a sample of their softmax.
-            chosen = np.argmax(last + rng.gumbel(size=last.shape), axis=-1)[:, None]
-            ids = np.concatenate([ids, chosen], axis=1)
-            logits, state = runner.extend(chosen, state)
-            if progress:
-                progress((batch * window + ids.shape[1]) * rows, batches * window * rows)
-        written.append(ids)
-    return np.concatenate(written).reshape(-1).astype(np.int64)

@@ -11,6 +11,7 @@ from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.recipe import Recipe
 from onnxslim_llm.runtime.signature import find_decoder
+from onnxslim_llm.targets import Target
 
 __all__ = ["LARGE_MATMUL_ELEMENTS", "default_output", "default_recipe", "rounds_activations"]
 
@@ -24,8 +25,16 @@ def default_output(model: Path) -> Path:
     return Path(f"{stem}.slim")
 
 
-def default_recipe(model: Model) -> tuple[Recipe, str]:
-    """Return the recipe for a model that came without one, and a sentence that says why."""
+def default_recipe(model: Model, target: Target | None = None) -> tuple[Recipe, str]:
+    """Return the recipe for a model that came without one, and a sentence that says why.
+
+    Args:
+        model: The source.
+        target: Where it will run; None: anywhere.
+    """
+    if target is not None and target.default_recipe:
+        name = target.default_recipe
+        return Recipe.load(name), f"recipe '{name}': the default of target '{target.name}'"
     if not _has_large_matmul(model):
         return Recipe.load("safe"), "recipe 'safe': the model has no large MatMul, so few-bit weights would not pay"
     if find_decoder(model.to_proto("omit"))[0] is None:

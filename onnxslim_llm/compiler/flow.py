@@ -150,7 +150,7 @@ def compile(  # noqa: A001
         graphs = parse_graphs(shape)
         shapes = shapes_of(model, goal, graphs)
         if chosen is None:
-            chosen, why = default_recipe(model)
+            chosen, why = default_recipe(model, goal)
             account.note(why)
         chosen = chosen.with_fusions(_wanted_fusions(add_kv_cache, logits)).with_settings(settings)
         if chosen.gates == "lossless" and (kv_cache == "int8" or rounds_activations(model)):
@@ -266,7 +266,8 @@ def _plan(
         folder = staging.directory / "-".join(filter(None, [FIXED_NAME, graph.name]))
         fixed = FixedSource(base.source, shapes, folder, base.threads)
         samples = fixed.samples(base.tokens())
-        calibrator = replace(base, source=fixed.path, data=samples or given, notes=[])
+        free = base if given is None else None
+        calibrator = replace(base, source=fixed.path, data=samples or given, notes=[], any_size=free)
         text = samples or text
     judge = Judge(calibrator.source, target, recipe, verify, text, base.threads, base.progress, calibrator)
     steps = in_order(recipe.build(), shapes.for_lowering(lowering))

@@ -124,7 +124,7 @@ def inspect(source: str | Path, *, recipe: str | Path | None = None, target: str
     proto = model.to_proto("omit")
     signature, why = find_decoder(proto)
     uses = weight_uses(model)
-    chosen = Recipe.load(recipe) if recipe else default_recipe(model)[0]
+    chosen = Recipe.load(recipe) if recipe else default_recipe(model, get_target(target))[0]
     sites, fusion = _trial(model, chosen, target)
     return Inspection(
         path=str(path),

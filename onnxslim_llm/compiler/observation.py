@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim_llm.compiler.calibration import Calibrator, written_by
+from onnxslim_llm.compiler.calibration import Calibrator
+from onnxslim_llm.compiler.own_text import written_by
 from onnxslim_llm.errors import UsageError
 from onnxslim_llm.gradients.scorer import GradientScorer
 from onnxslim_llm.gradients.tuner import LogitTuner

@@ -97,6 +97,11 @@ class Pass(ABC):
         return False
 
     @property
+    def minds_cost(self) -> bool:
+        """Whether text of the model's own is only wanted where that takes minutes at most."""
+        return False
+
+    @property
     def wants_gains(self) -> bool:
         """Whether `Context.statistics` must say, with these options, what errors do to the model's answer."""
         return False

@@ -19,6 +19,7 @@ from onnxslim_llm.passes.quantize.codes.scale_range import half_holds_scales
 from onnxslim_llm.passes.quantize.replacement import Chosen, Replacement
 from onnxslim_llm.passes.quantize.settings import (
     BITS,
+    PROBING,
     MethodOption,
     ScaleType,
     Settings,
@@ -79,7 +80,8 @@ class QuantizeWeights(Pass):
             that with the least sum of |error|^(1/2), by half-quadratic splitting: it gives up large weights for the
             others; "calibrated" takes the coding of each column that is best on samples of the calibration data that
             were held out; "probed" is "calibrated" with the data that are given, or with text that the model writes
-            itself, and "search" where it cannot be run.
+            itself, and "search" where it cannot be run or writes no text; "auto" is that, and "search" as well where
+            no data are given and probing would take more than minutes.
         embedding_bits: Bits of embedding tables; 0 leaves them alone. A table that is also the classifier's weight gets
             the larger of `embedding_bits` and `lm_head_bits`, or is left alone if either is 0.
         lm_head_bits: Bits of the product that makes the logits; 0 leaves it alone.
@@ -94,6 +96,7 @@ class QuantizeWeights(Pass):
             target's layout included; 0 leaves the choice to the other options. Otherwise bits, blocks and, unless
             `symmetric`, zero points are shared out so that the expected KL divergence is least, and `bits`, `block`
             and the options by role do not count, except that 0 leaves alone. Scopes that name bits or a block hold.
+            Where "auto" and "probed" find no statistics it does not count, and the other options do.
         widths: Bits that weights may get by `target_bits`; default: all that the target can store.
         scale_dtype: Type that scales are stored in: "activation" is that of the activations; "float16" saves
             16 / block bits a weight, and the runtime converts them when it loads the model. Weights whose scales
@@ -141,7 +144,10 @@ class QuantizeWeights(Pass):
             value = getattr(self, option.name)
             if option.name in _SHARED_OUT and value and value != option.default:
                 what = f"target_bits = {self.target_bits:g} shares bits and blocks out: {option.name} would not count"
-                todo = f"set {self.name}.target_bits=0 as well, or choose by name with {self.name}.scopes"
+                todo = (
+                    f"take recipe int4-fast, set {self.name}.target_bits=0 as well, or choose by name with "
+                    f"{self.name}.scopes"
+                )
                 raise UsageError(what, where=f"{self.name}.{option.name}", todo=todo)
 
     def requires(self, model: Model, context: Context) -> None:
@@ -155,10 +161,11 @@ class QuantizeWeights(Pass):
         if context.target is None:
             return
         roles = {self.embedding_bits, self.lm_head_bits, self.sensitive_bits}
-        usual = set(self.widths) if self.target_bits else {self.bits, *roles}
+        shares = self._shares_out(context)
+        usual = set(self.widths) if shares else {self.bits, *roles}
         asked = usual | {scope.get("bits", 0) for scope in self.scopes}
         missing = sorted(bits for bits in asked - {0} if not _can_store(bits, context.target.weight_bits))
-        if self.target_bits and min(context.target.weight_bits, default=0) > self.target_bits:
+        if shares and min(context.target.weight_bits, default=0) > self.target_bits:
             missing.append(int(self.target_bits))
         if missing:
             can = ", ".join(map(str, context.target.weight_bits))
@@ -172,12 +179,17 @@ class QuantizeWeights(Pass):
     @property
     def wants_statistics(self) -> bool:
         """Whether any weight may be quantized by calibration data."""
-        return bool({"calibrated", "probed"} & self._methods)
+        return bool({"calibrated", *PROBING} & self._methods)
 
     @property
     def takes_own_text(self) -> bool:
         """Whether no method insists on calibration data."""
         return self.wants_statistics and "calibrated" not in self._methods
+
+    @property
+    def minds_cost(self) -> bool:
+        """Whether statistics are only wanted where they take minutes at most."""
+        return self.takes_own_text and "probed" not in self._methods
 
     @property
     def wants_gains(self) -> bool:
@@ -191,6 +203,9 @@ class QuantizeWeights(Pass):
             ModelError: The model cannot be converted to the opset that the codes need.
         """
         change = Change()
+        if self.target_bits and not self._shares_out(context):
+            what = f"{self.name}: target_bits = {self.target_bits:g} does not count without statistics"
+            context.notes.append(f"{what}: bits go by role, up to {self.sensitive_bits}")
         infer_shapes(model)
         chosen = self._choose(model, change, context)
         if not chosen:
@@ -212,8 +227,13 @@ class QuantizeWeights(Pass):
         infer_shapes(model)
         return {group.name: scheme for group, scheme, _ in self._choose(model, Change(), context)}
 
+    def _shares_out(self, context: Context) -> bool:
+        """Whether `target_bits` counts: guesses of what matters in other models are no reason to give up safe bits."""
+        return self.target_bits > 0 and not (self.takes_own_text and context.statistics is None)
+
     def _demands(self, model: Model, change: Change, context: Context) -> list[Demand]:
         exclude = compile_patterns(self.exclude, self.name)
+        shares = self._shares_out(context)
         demands = []
         for group in find_groups(model, change):
             names = [group.name, *(site.node.name for site in group.sites)]
@@ -227,13 +247,13 @@ class QuantizeWeights(Pass):
             elif scoped.bits == 0:
                 change.skip(group.name, "its bits are set to 0")
             else:
-                free = (scoped.bits, scoped.block) == (settings.bits, settings.block) and self.target_bits > 0
+                free = (scoped.bits, scoped.block) == (settings.bits, settings.block) and shares
                 demands.append(Demand(group, self._schemes(group, scoped, context, free=free)))
         return demands
 
     def _choose(self, model: Model, change: Change, context: Context) -> list[Chosen]:
         demands = self._demands(model, change, context)
-        if not self.target_bits:
+        if not self._shares_out(context):
             return [(demand.group, demand.schemes[0], {}) for demand in demands]
         known = context.statistics if self.wants_statistics else None
         schemes, accounts = share_out(demands, self.target_bits, storage_of(context.target), known, self.name)

@@ -16,6 +16,7 @@ from onnxslim_llm.products.sites import ComputeType
 __all__ = [
     "BITS",
     "BLOCKS",
+    "PROBING",
     "WORTH_A_CAST",
     "MethodOption",
     "ScaleType",
@@ -25,8 +26,10 @@ __all__ = [
 ]
 
 ScaleType = Literal["activation", "float16"]
-#: "probed" is "calibrated" where there are statistics of anything, and otherwise "search".
-MethodOption = Literal[Method, "probed"]
+#: "auto" and "probed" are "calibrated" where there are statistics of anything, and otherwise "search".
+MethodOption = Literal[Method, "auto", "probed"]
+#: The methods that make do with text of the model's own, and without any where it does not write.
+PROBING = ("auto", "probed")
 
 #: Scales are stored in another type than is computed in only if that saves more bytes than this: it takes a Cast, which
 #: takes some 150 to 250 bytes with its names.
@@ -36,7 +39,7 @@ _BYTES = {"float32": 4, "float16": 2}
 
 BITS = (2, 3, 4, 5, 6, 8)
 BLOCKS = (0, 16, 32, 64, 128, 256)
-_METHODS = ("rtn", "search", "hqq", "calibrated", "probed")
+_METHODS = ("rtn", "search", "hqq", "calibrated", *PROBING)
 _SCALE_TYPES = ("activation", "float16")
 _SCOPE_KEYS = ("match", "bits", "block", "symmetric", "method", "scale_dtype")
 
@@ -48,7 +51,7 @@ class Settings:
     Attributes:
         bits: 0 leaves the weight alone.
         block, symmetric: As in `WeightScheme`.
-        method: Likewise, or "probed".
+        method: Likewise, or one of `PROBING`.
         scale_dtype: Type of the stored scales; "activation" is the type that is computed in.
     """
 
@@ -79,7 +82,8 @@ class Settings:
         while block > BLOCKS[1] and block // 2 >= rows:
             block //= 2
         scale_type = computes_in if self.scale_dtype == "activation" else self.scale_dtype
-        method: Method = self.method if self.method != "probed" else "calibrated" if data else "search"
+        found: Method = "calibrated" if data else "search"
+        method: Method = found if self.method == "auto" or self.method == "probed" else self.method
         symmetric = self.symmetric or self.bits in PLANES
         scheme = WeightScheme(self.bits, block, symmetric, method, scale_type)
         saved = scheme.block_count(rows) * columns * (_BYTES[computes_in] - _BYTES[scale_type])

@@ -78,14 +78,14 @@ def test_killed_at_any_file_operation(decoder: Path, tmp_path: Path, resume: boo
     out = tmp_path / "build"
     compile_here(decoder, out, "int8", resume=False)
     expected = tmp_path / "expected"
-    compile_here(decoder, expected, "int4", resume=False)
+    compile_here(decoder, expected, "int4-fast", resume=False)
     seen = set()
     for operation in range(0, _LIMIT, stride):
-        died = killed_before(operation, partial(compile_here, decoder, out, "int4", resume=resume))
+        died = killed_before(operation, partial(compile_here, decoder, out, "int4-fast", resume=resume))
         seen.add(whole_recipe(out))
         if not died:
             break
-        if whole_recipe(out) == "int4":  # start again from the old artifact; what else was left behind stays
+        if whole_recipe(out) == "int4-fast":  # start again from the old artifact; what else was left behind stays
             compile_here(decoder, out, "int8", resume=False)
     else:
         pytest.fail("the compile never ends")

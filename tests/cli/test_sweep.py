@@ -30,17 +30,17 @@ def model(tmp_path_factory: pytest.TempPathFactory, sample_dir: Path) -> Path:
 
 
 def test_json_is_the_record_and_progress_goes_to_stderr(cli: Run, model: Path, tmp_path: Path) -> None:
-    grid = ["--grid", "quantize_weights.bits=4,8", "--recipes", "safe,int4"]
+    grid = ["--grid", "quantize_weights.bits=4,8", "--recipes", "safe,int4-fast"]
     common = [model, "-o", "out", "--text", model / "text.txt", "--bench-rounds", "0", "--jobs", "1"]
     done = cli("sweep", *common, *grid, "--json", timeout=600)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert record == json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert [p["settings"] for p in record["points"]] == [{}, *({"quantize_weights.bits": b} for b in (4, 8))]
-    assert "3 of 3 int4-bits-8" in done.stderr
+    assert "3 of 3 int4-fast-bits-8" in done.stderr
     table = cli("sweep", *common, *grid, timeout=600)
     assert table.returncode == 0, table.stderr
-    assert table.stdout.count("int4") == 2
+    assert table.stdout.count("int4-fast") == 2
     assert "(known)" in table.stderr
 
 
@@ -48,7 +48,7 @@ def test_an_interruption_ends_with_130_and_keeps_the_rows(
     model: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     command = [sys.executable, "-m", "onnxslim_llm", "sweep", model, "-o", "out", "--text", model / "text.txt"]
-    command += ["--recipe", "int4", "--grid", "quantize_weights.bits=2,4,8", "--bench-rounds", "0", "--jobs", "1"]
+    command += ["--recipe", "int4-fast", "--grid", "quantize_weights.bits=2,4,8", "--bench-rounds", "0", "--jobs", "1"]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         told = next(line for line in process.stderr if "1 of 3" in line)

@@ -36,7 +36,7 @@ def _generator(model: Any, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
-@pytest.mark.parametrize("recipe", ["safe", "int4"])
+@pytest.mark.parametrize("recipe", ["safe", "int4-fast"])
 def test_the_sample_model(compiled: Compiled, sample_dir: Path, target: str, recipe: str) -> None:
     artifact = compiled(sample_dir, target, recipe)
     assert written(artifact) == artifact.expected
@@ -50,7 +50,7 @@ def test_exports_of_optimum(compiled: Compiled, name: str) -> None:
 
 def test_small_weights_of_an_export_of_optimum(compiled: Compiled) -> None:
     settings = ("quantize_weights.min_elements=0",)
-    artifact = compiled(model_path("llama", "optimum").parent, "ort-cpu", "int4", settings=settings)
+    artifact = compiled(model_path("llama", "optimum").parent, "ort-cpu", "int4-fast", settings=settings)
     assert written(artifact) == artifact.expected
 
 
@@ -111,7 +111,7 @@ def test_a_prompt_in_two_pieces(compiled: Compiled, sample_dir: Path) -> None:
 
 def test_the_tokenizer_is_found(compiled: Compiled, sample_dir: Path) -> None:
     pytest.importorskip("tokenizers")
-    folder = compiled(sample_dir, "ort-cpu", "int4").folder
+    folder = compiled(sample_dir, "ort-cpu", "int4-fast").folder
     text = "def main(self):"
     tokenizer = og.Tokenizer(og.Model(str(folder)))
     ids = [int(token) for token in tokenizer.encode(text)]

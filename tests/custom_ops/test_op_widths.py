@@ -23,7 +23,7 @@ CLOSENESS = 1e-4
 
 def compiled(folder: Path, target: str, bits: int, block: int, symmetric: bool) -> Path:
     """The gates are those of the width: verification compares with the source in ONNX Runtime."""
-    recipe = Recipe.load("int4").model_copy(update={"gates": f"int{bits}"})
+    recipe = Recipe.load("int4-fast").model_copy(update={"gates": f"int{bits}"})
     recipe = recipe.with_settings(
         [f"quantize_weights.{name}={value}" for name, value in (("bits", bits), ("block", block))]
         + [f"quantize_weights.symmetric={str(symmetric).lower()}", "quantize_weights.sensitive=[]"]

@@ -125,7 +125,7 @@ def unknown_op(domain: str = "") -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("domain", ["", "com.example"])
-@pytest.mark.parametrize("recipe", ["safe", "int8", "int4"])
+@pytest.mark.parametrize("recipe", ["safe", "int8", "int4-fast"])
 def test_unknown_operators_are_kept_and_reported(here: Cli, tmp_path: Path, recipe: str, domain: str) -> None:
     save(unknown_op(domain), tmp_path / "model.onnx")
     done = here("compile", "model.onnx", "-o", "build", "--recipe", recipe, "--verify", "off")
@@ -199,7 +199,7 @@ def unknown_shapes(how: str) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
-@pytest.mark.parametrize("recipe", ["safe", "int4"])
+@pytest.mark.parametrize("recipe", ["safe", "int4-fast"])
 @pytest.mark.parametrize("how", ["no rank", "no sizes", "names"])
 def test_unknown_shapes(here: Cli, tmp_path: Path, how: str, recipe: str, target: str) -> None:
     source = save(unknown_shapes(how), tmp_path / "model.onnx")
@@ -243,7 +243,8 @@ def with_nothing(shape: tuple[int, ...]) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("external", [False, True], ids=["inline", "external"])
 @pytest.mark.parametrize(
-    ("recipe", "target"), [("safe", "portable"), ("int8", "ort-cpu"), ("int4", "portable"), ("int4", "ort-cpu")]
+    ("recipe", "target"),
+    [("safe", "portable"), ("int8", "ort-cpu"), ("int4-fast", "portable"), ("int4-fast", "ort-cpu")],
 )
 def test_zero_size_weights(here: Cli, tmp_path: Path, recipe: str, target: str, external: bool) -> None:
     model = with_nothing((WIDTH, 0))
@@ -261,8 +262,8 @@ def test_zero_size_inputs_and_outputs(here: Cli, tmp_path: Path) -> None:
     """A dimension that is 0 by declaration."""
     text = f"agraph (float[0, {WIDTH}] x) => (float[0, {WIDTH}] y) {{ y = MatMul (x, W) }}"
     source = save(from_text(text, W=draw(WIDTH, WIDTH)), tmp_path / "model.onnx")
-    refused(here("compile", source, "-o", "build", "--recipe", "int4"), 3, "nothing to compare")
-    done = here("compile", source, "-o", "build", "--recipe", "int4", "--verify", "off")
+    refused(here("compile", source, "-o", "build", "--recipe", "int4-fast"), 3, "nothing to compare")
+    done = here("compile", source, "-o", "build", "--recipe", "int4-fast", "--verify", "off")
     assert done.code == 0, done.err
     whole(tmp_path / "build")
     assert results(tmp_path / "build" / "model.onnx")["y"].shape == (0, WIDTH)
@@ -288,7 +289,7 @@ def test_weights_that_are_not_finite_are_named(
         cast = helper.make_node("Cast", ["W2_stored"], ["W2"], to=TensorProto.FLOAT)
         model.graph.node.insert(0, cast)
     for verify in ("fast", "off"):
-        options = ("--recipe", "int4", "--target", target, "--verify", verify)
+        options = ("--recipe", "int4-fast", "--target", target, "--verify", verify)
         model_refused(here, tmp_path, model, tensor.name, "finite", options=options)
 
 
@@ -313,7 +314,7 @@ def test_weights_that_are_not_quantized_and_not_finite_are_reported(
     array.flat[3] = value
     tensor.CopyFrom(numpy_helper.from_array(array, name))
     save(model, tmp_path / "model.onnx")
-    recipe = "safe" if name == "W2" else "int4"
+    recipe = "safe" if name == "W2" else "int4-fast"
     done = here("compile", "model.onnx", "-o", "build", "--recipe", recipe, "--verify", "off")
     assert done.code == 0, done.err
     assert f"weight '{name}' holds {told}" in done.err
@@ -324,7 +325,7 @@ def test_a_source_whose_results_are_all_nan_names_the_weight(here: Cli, tmp_path
     model = mlp()
     tensor = next(t for t in model.graph.initializer if t.name == "bias")
     tensor.CopyFrom(numpy_helper.from_array(np.full(WIDTH, np.nan, np.float32), "bias"))
-    model_refused(here, tmp_path, model, "weight 'bias'", "NaN", options=("--recipe", "int4"))
+    model_refused(here, tmp_path, model, "weight 'bias'", "NaN", options=("--recipe", "int4-fast"))
 
 
 def test_minus_infinity_in_a_mask_is_no_error(here: Cli, tmp_path: Path) -> None:

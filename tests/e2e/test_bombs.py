@@ -111,7 +111,7 @@ def test_a_sparse_tensor_that_would_be_large(cli: Cli, tmp_path: Path) -> None:
     places = numpy_helper.from_array(np.array([1, 5, 9], np.int64))
     model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [300_000, 300_000]))
     save(model, tmp_path / "model.onnx")
-    for recipe in ("safe", "int4"):
+    for recipe in ("safe", "int4-fast"):
         options = ["--recipe", recipe, "--verify", "off"]
         done = cli("compile", "model.onnx", "-o", recipe, *options, preexec_fn=limited, timeout=_SECONDS)
         assert done.code == 0, done.err
@@ -144,7 +144,7 @@ def test_a_tower_of_functions(cli: Cli, tmp_path: Path) -> None:
         nodes = [helper.make_node(op, [a], [b], domain=domain) for a, b in (("v", "u"), ("u", "r"))]
         model.functions.append(helper.make_function("t", f"F{level}", ["v"], ["r"], nodes, opsets))
     save(model, tmp_path / "model.onnx")
-    for recipe in ("safe", "int4"):
+    for recipe in ("safe", "int4-fast"):
         options = ["--recipe", recipe, "--verify", "off"]
         done = cli("compile", "model.onnx", "-o", recipe, *options, preexec_fn=limited, timeout=_SECONDS)
         assert done.code == 0, done.err

@@ -76,7 +76,7 @@ def test_usage(here: Cli, tmp_path: Path, arguments: list[str], names: list[str]
 
 
 def _after_recipe(arguments: list[str]) -> list[str]:
-    return arguments if "--recipe" in arguments else ["--recipe", "int4", *arguments]
+    return arguments if "--recipe" in arguments else ["--recipe", "int4-fast", *arguments]
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_a_memory_limit_that_is_too_small(here: Cli, tmp_path: Path, wide: Path)
 
 def test_the_resolved_recipe_of_a_manifest_makes_the_same_artifact(here: Cli, tmp_path: Path, tiny: Path) -> None:
     options = ["--set", "quantize_weights.block=64", "--set", "quantize_weights.method=rtn", "--verify", "off"]
-    assert here("compile", tiny, "-o", "first", "--recipe", "int4", *options).code == 0
+    assert here("compile", tiny, "-o", "first", "--recipe", "int4-fast", *options).code == 0
     resolved = whole(tmp_path / "first")["recipe"]
     (tmp_path / "again.toml").write_text(_toml(resolved))
     done = here("compile", tiny, "-o", "second", "--recipe", "again.toml", "--verify", "off")

@@ -373,7 +373,7 @@ def test_passes_and_targets_of_other_people(cli: Cli, tmp_path: Path, install: I
     assert "slow-cpu" in cli("targets", env=env).out
     save(mlp(), tmp_path / "model.onnx")
     arguments = ["compile", "model.onnx", "-o", "build", "--target", "slow-cpu"]
-    refused(cli(*arguments, "--recipe", "int4", env=env), 2, "slow-cpu", "4 bits", "8")
+    refused(cli(*arguments, "--recipe", "int4-fast", env=env), 2, "slow-cpu", "4 bits", "8")
     done = cli(*arguments, "--recipe", "int8", env=env)
     assert done.code == 0, done.err
     assert whole(tmp_path / "build")["target"] == "slow-cpu"
@@ -381,7 +381,7 @@ def test_passes_and_targets_of_other_people(cli: Cli, tmp_path: Path, install: I
 
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
 def test_too_few_bits_miss_the_gate(here: Cli, tmp_path: Path, tiny: Path, target: str) -> None:
-    done = here("compile", tiny, "-o", "build", "--recipe", "int4", "--target", target, *HOPELESS)
+    done = here("compile", tiny, "-o", "build", "--recipe", "int4-fast", "--target", target, *HOPELESS)
     parts = refused(done, 4, "kl_mean", "0.35")
     failed = json.loads((tmp_path / "build.failed.json").read_bytes())
     gate = next(gate for gate in failed["verify"]["gates"] if gate["name"] == "kl_mean")
@@ -421,7 +421,7 @@ def test_verify_off_needs_no_runtime(cli: Cli, tmp_path: Path, environment: dict
     (tmp_path / "stub" / "onnxruntime").mkdir(parents=True)
     (tmp_path / "stub" / "onnxruntime" / "__init__.py").write_text("raise ImportError('not here')")
     env = {**environment, "PYTHONPATH": os.pathsep.join([str(tmp_path / "stub"), environment["PYTHONPATH"]])}
-    for recipe_name in ("safe", "int4"):
+    for recipe_name in ("safe", "int4-fast"):
         done = cli("compile", "model.onnx", "-o", recipe_name, "--recipe", recipe_name, "--verify", "off", env=env)
         assert done.code == 0, done.err
         whole(tmp_path / recipe_name)

@@ -18,7 +18,7 @@ from e2e_models import mlp, save
 
 Cli = Callable[..., Outcome]
 
-OPTIONS = ["-o", "build", "--force", "--target", "ort-cpu", "--recipe", "int4"]
+OPTIONS = ["-o", "build", "--force", "--target", "ort-cpu", "--recipe", "int4-fast"]
 
 _DEADLINE = 60.0  # seconds to wait for a process; one that takes longer hangs
 _KILLS = 16
@@ -74,7 +74,7 @@ def test_killed_at_random_moments(here: Cli, tmp_path: Path, wide: Path, environ
     assert "safe" in seen
     done = here("compile", wide, *OPTIONS, "--verify", "off", "--resume")
     assert done.code == 0, done.err
-    assert state(tmp_path) == "int4"
+    assert state(tmp_path) == "int4-fast"
     assert model_bytes(tmp_path / "build") == expected
     nothing_left(tmp_path, "build", "expected")
 
@@ -190,7 +190,7 @@ def test_ctrl_c_in_every_stage(tmp_path: Path, wide: Path, environment: dict[str
         assert not (tmp_path / "build").exists()
         with started(tmp_path, environment, wide, *OPTIONS, "--resume", "--verify", "off") as process:
             assert process.wait(_DEADLINE) == 0
-    assert state(tmp_path) == "int4"
+    assert state(tmp_path) == "int4-fast"
     nothing_left(tmp_path, "build")
 
 

@@ -54,8 +54,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "target", "options"),
-    [("int4", "ort-cpu", ["--jobs", "2"]), ("safe", "portable", ["--jobs", "2"])],
-    ids=["int4", "safe"],
+    [("int4-fast", "ort-cpu", ["--jobs", "2"]), ("safe", "portable", ["--jobs", "2"])],
+    ids=["int4-fast", "safe"],
 )
 def test_peak_memory_is_far_below_the_model(
     tmp_path: Path, environment: dict[str, str], tiny: Path, large: Path, recipe: str, target: str, options: list[str]

@@ -20,9 +20,15 @@ Cli = Callable[..., Outcome]
 #: redundancy. Rounding to b bits in blocks of 32 with normal weights (largest of 32: about 2 standard deviations) gives
 #: a relative error of 2 / (2^(b-1) sqrt(12)): 0.072 at 4 bits and 0.0045 at 8. ONNX Runtime rounds activations to 8
 #: bits as well. Several layers in a row, each with an error of its own, give up to five times that.
-LIMITS = {"safe": 1e-5, "int8": 5 * 0.0045 * np.sqrt(2), "int4": 5 * 0.072}
+LIMITS = {"safe": 1e-5, "int8": 5 * 0.0045 * np.sqrt(2), "int4-fast": 5 * 0.072}
 
-RECIPES = [("safe", "portable"), ("int8", "portable"), ("int8", "ort-cpu"), ("int4", "portable"), ("int4", "ort-cpu")]
+RECIPES = [
+    ("safe", "portable"),
+    ("int8", "portable"),
+    ("int8", "ort-cpu"),
+    ("int4-fast", "portable"),
+    ("int4-fast", "ort-cpu"),
+]
 
 _HALF = 30 * 2.0**-11 * 8  # as the lossless gate: 8 roundings of float16 of the largest output
 
@@ -78,7 +84,7 @@ def same_interface(source: Path, artifact: Path) -> None:
 
 
 OTHER_RUNS = [
-    pytest.param(name, *run, marks=pytest.mark.slow if run in (("int8", "ort-cpu"), ("int4", "portable")) else ())
+    pytest.param(name, *run, marks=pytest.mark.slow if run in (("int8", "ort-cpu"), ("int4-fast", "portable")) else ())
     for name in OTHERS
     for run in RECIPES
 ]
@@ -202,7 +208,7 @@ def test_compiling_the_own_output_changes_nothing(
 def test_weights_that_are_quantized_already_stay_as_they_are(here: Cli, tmp_path: Path, kind: str, target: str) -> None:
     model = OTHERS[kind]()
     source = save(model, tmp_path / "m.onnx")
-    assert here("compile", source, "-o", "build", "--recipe", "int4", "--target", target).code == 0
+    assert here("compile", source, "-o", "build", "--recipe", "int4-fast", "--target", target).code == 0
     kept = {
         t.name: numpy_helper.to_array(t).tobytes()
         for t in onnx.load(tmp_path / "build" / "model.onnx").graph.initializer
@@ -219,7 +225,7 @@ def test_names_metadata_and_documentation_survive(here: Cli, tmp_path: Path) -> 
     model.graph.node[0].name, model.graph.node[0].doc_string = "first/MatMul", "the first"
     model.graph.node[0].metadata_props.add(key="layer", value="0")
     source = save(model, tmp_path / "m.onnx")
-    assert here("compile", source, "-o", "build", "--recipe", "int4", "--target", "ort-cpu").code == 0
+    assert here("compile", source, "-o", "build", "--recipe", "int4-fast", "--target", "ort-cpu").code == 0
     found = onnx.load(tmp_path / "build" / "model.onnx")
     assert (found.producer_name, found.doc_string, found.domain, found.model_version) == (
         "trainer",
@@ -236,23 +242,23 @@ def test_names_metadata_and_documentation_survive(here: Cli, tmp_path: Path) -> 
 
 def test_a_weight_of_an_overridable_input_is_no_constant(here: Cli, tmp_path: Path) -> None:
     source = save(OTHERS["overridable"](), tmp_path / "m.onnx")
-    assert here("compile", source, "-o", "build", "--recipe", "int4", "--target", "ort-cpu").code == 0
+    assert here("compile", source, "-o", "build", "--recipe", "int4-fast", "--target", "ort-cpu").code == 0
     artifact = tmp_path / "build" / "model.onnx"
     given = {**feeds(session(source)), "W1": np.zeros((WIDTH, WIDTH), np.float32)}
     changed, usual = results(artifact, given)["y"], results(artifact)["y"]
     assert np.abs(changed - usual).max() > 0.01
     reference = results(source, given)["y"]
-    assert np.abs(changed - reference).max() <= LIMITS["int4"] * np.abs(reference).max()
+    assert np.abs(changed - reference).max() <= LIMITS["int4-fast"] * np.abs(reference).max()
 
 
 def test_old_opsets_are_converted_not_relabelled(here: Cli, tmp_path: Path) -> None:
     source = save(OTHERS["oldest"](), tmp_path / "m.onnx")
-    assert here("compile", source, "-o", "build", "--recipe", "int4").code == 0
+    assert here("compile", source, "-o", "build", "--recipe", "int4-fast").code == 0
     found = onnx.load(tmp_path / "build" / "model.onnx")
     assert found.opset_import[0].version >= 21
     # Softmax without axis meant all dimensions from 1 on before opset 13, and Unsqueeze had its axes as an attribute.
     onnx.checker.check_model(found, full_check=True)
-    assert noise(source, tmp_path / "build" / "model.onnx") <= LIMITS["int4"]
+    assert noise(source, tmp_path / "build" / "model.onnx") <= LIMITS["int4-fast"]
 
 
 def test_the_default_recipe_says_why(here: Cli, tmp_path: Path) -> None:

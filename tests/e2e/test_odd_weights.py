@@ -17,11 +17,11 @@ from onnx import TensorProto, helper, numpy_helper
 Cli = Callable[..., Outcome]
 Array = np.ndarray[Any, Any]
 
-RUNS = [("int8", "portable"), ("int8", "ort-cpu"), ("int4", "portable"), ("int4", "ort-cpu")]
+RUNS = [("int8", "portable"), ("int8", "ort-cpu"), ("int4-fast", "portable"), ("int4-fast", "ort-cpu")]
 
 #: Relative error of one product, RMS: as derived in test_models, for one layer and with some room for activations that
 #: the runtime rounds to 8 bits.
-ERROR = {"int8": 0.02, "int4": 0.2}
+ERROR = {"int8": 0.02, "int4-fast": 0.2}
 
 ALL = ["--set", "quantize_weights.min_elements=0"]
 
@@ -168,10 +168,10 @@ def test_names_that_the_compiler_would_choose_are_taken(here: Cli, tmp_path: Pat
         previous = f"{name}_out"
     model.graph.node.append(helper.make_node("Identity", [previous], ["y"], name="W1"))
     source = save(model, tmp_path / "model.onnx")
-    done = here("compile", source, "-o", "build", "--recipe", "int4", "--target", target)
+    done = here("compile", source, "-o", "build", "--recipe", "int4-fast", "--target", target)
     assert done.code == 0, done.err
     whole(tmp_path / "build")
-    assert error_of(source, tmp_path / "build" / "model.onnx") < ERROR["int4"]
+    assert error_of(source, tmp_path / "build" / "model.onnx") < ERROR["int4-fast"]
 
 
 def test_names_of_any_kind_survive(here: Cli, tmp_path: Path) -> None:
@@ -191,14 +191,14 @@ def test_names_of_any_kind_survive(here: Cli, tmp_path: Path) -> None:
     for value in (*model.graph.input, *model.graph.output, *model.graph.initializer):
         value.name = names.get(value.name, value.name)
     source = save(model, tmp_path / "model.onnx")
-    for recipe in ("safe", "int4"):
+    for recipe in ("safe", "int4-fast"):
         done = here("compile", source, "-o", recipe, "--recipe", recipe, "--target", "ort-cpu")
         assert done.code == 0, done.err
         whole(tmp_path / recipe)
         opened = session(tmp_path / recipe / "model.onnx")
         assert [item.name for item in opened.get_inputs()] == [names["x"]]
         assert [item.name for item in opened.get_outputs()] == [names["y"]]
-    assert "模型.层.0::weight" in (tmp_path / "int4" / "report.html").read_text(encoding="utf-8")
+    assert "模型.层.0::weight" in (tmp_path / "int4-fast" / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_name_that_is_html(here: Cli, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_name_that_is_html(here: Cli, tmp_path: Path) -> None:
     model.graph.node[0].input[1] = evil
     (tmp_path / evil.replace("/", "")).mkdir()
     save(model, tmp_path / evil.replace("/", "") / "model.onnx")
-    done = here("compile", evil.replace("/", ""), "-o", "build", "--recipe", "int4")
+    done = here("compile", evil.replace("/", ""), "-o", "build", "--recipe", "int4-fast")
     assert done.code == 0, done.err
     page = (tmp_path / "build" / "report.html").read_text(encoding="utf-8")
     assert "<script>alert" not in page
@@ -225,7 +225,7 @@ def test_a_name_that_is_markup_of_the_terminal(here: Cli, tmp_path: Path) -> Non
     model.graph.node[2].op_type, model.graph.node[2].domain = "[/]Odd[/bold]", "com.[red]x"
     model.opset_import.add(domain="com.[red]x", version=1)
     save(model, tmp_path / "model.onnx")
-    done = here("compile", "model.onnx", "-o", "build", "--recipe", "int4", "--verify", "off")
+    done = here("compile", "model.onnx", "-o", "build", "--recipe", "int4-fast", "--verify", "off")
     assert done.code == 0, done.err
     assert "\x1b" not in done.err
     seen = here("inspect", "model.onnx")
@@ -243,7 +243,7 @@ def test_inputs_and_weights_that_are_outputs(here: Cli, tmp_path: Path) -> None:
     model.graph.node.append(helper.make_node("Identity", ["y"], ["z"]))
     model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, ["batch", WIDTH]))
     source = save(model, tmp_path / "model.onnx")
-    for recipe in ("safe", "int4"):
+    for recipe in ("safe", "int4-fast"):
         done = here("compile", source, "-o", recipe, "--recipe", recipe)
         assert done.code == 0, done.err
         whole(tmp_path / recipe)
@@ -261,10 +261,10 @@ def test_weights_in_constant_nodes(here: Cli, tmp_path: Path) -> None:
         model.graph.node.insert(0, helper.make_node("Constant", [], [tensor.name], value=tensor))
         model.graph.initializer.remove(tensor)
     source = save(model, tmp_path / "model.onnx")
-    done = here("compile", source, "-o", "build", "--recipe", "int4", "--target", "ort-cpu")
+    done = here("compile", source, "-o", "build", "--recipe", "int4-fast", "--target", "ort-cpu")
     assert done.code == 0, done.err
     assert whole(tmp_path / "build")["artifact"]["ops"]["com.microsoft::MatMulNBits"] == 2
-    assert error_of(source, tmp_path / "build" / "model.onnx") < ERROR["int4"]
+    assert error_of(source, tmp_path / "build" / "model.onnx") < ERROR["int4-fast"]
 
 
 def test_dead_ends_and_optional_outputs(here: Cli, tmp_path: Path) -> None:
@@ -299,10 +299,10 @@ def test_a_model_that_uses_our_own_domain(here: Cli, tmp_path: Path) -> None:
     weights = {"W1": draw(WIDTH, WIDTH), "W2": draw(WIDTH, WIDTH, seed=1)}
     source = save(from_text(text, opset=21, imports=', "onnxslim_llm" : 1', **weights), tmp_path / "model.onnx")
     for target in ("portable", "ort-cpu"):
-        done = here("compile", source, "-o", target, "--recipe", "int4", "--target", target)
+        done = here("compile", source, "-o", target, "--recipe", "int4-fast", "--target", target)
         if done.code == 0:
             whole(tmp_path / target)
-            assert error_of(source, tmp_path / target / "model.onnx") < 2 * ERROR["int4"]
+            assert error_of(source, tmp_path / target / "model.onnx") < 2 * ERROR["int4-fast"]
         else:
             refused(done, 3, "onnxslim_llm")
 

@@ -107,7 +107,7 @@ def sweep(
     fixed = [parse_axis(given, "--set", single=True) for given in settings]
     path = resolve_model_path(source)
     goal = get_target(target).with_options(target_options or {})
-    bases = [Recipe.load(name) for name in recipes] or [default_recipe(open_model(path))[0]]
+    bases = [Recipe.load(name) for name in recipes] or [default_recipe(open_model(path), goal)[0]]
     points = make_points(bases, axes, fixed)
     progress.stage("open")
     ruler = Ruler.of(

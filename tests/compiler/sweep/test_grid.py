@@ -44,25 +44,25 @@ def test_what_cannot_be_read_is_refused_with_a_hint(text: str, what: str, todo: 
 
 def test_every_combination_is_a_point_and_equal_recipes_are_one() -> None:
     bits, block = axis("quantize_weights.bits=4,8"), axis("quantize_weights.block=32,64")
-    points = make_points([Recipe.load("int4")], [bits, block])
+    points = make_points([Recipe.load("int4-fast")], [bits, block])
     assert [tuple(p.settings.values()) for p in points] == [(4, 32), (4, 64), (8, 32), (8, 64)]
     assert len({p.name for p in points}) == 4
-    assert [p.name for p in make_points([Recipe.load("int4")], [bits, block])] == [p.name for p in points]
-    twins = make_points([Recipe.load("int4"), Recipe.load("int4")], [bits])
+    assert [p.name for p in make_points([Recipe.load("int4-fast")], [bits, block])] == [p.name for p in points]
+    twins = make_points([Recipe.load("int4-fast"), Recipe.load("int4-fast")], [bits])
     assert len(twins) == 2
 
 
 def test_an_axis_concerns_the_recipes_that_have_its_pass() -> None:
-    points = make_points([Recipe.load("safe"), Recipe.load("int4")], [axis("quantize_weights.bits=4,8")])
+    points = make_points([Recipe.load("safe"), Recipe.load("int4-fast")], [axis("quantize_weights.bits=4,8")])
     assert [(p.base, p.settings) for p in points] == [
         ("safe", {}),
-        ("int4", {"quantize_weights.bits": 4}),
-        ("int4", {"quantize_weights.bits": 8}),
+        ("int4-fast", {"quantize_weights.bits": 4}),
+        ("int4-fast", {"quantize_weights.bits": 8}),
     ]
 
 
 def test_a_pass_that_no_recipe_has_is_added_at_its_stage() -> None:
-    points = make_points([Recipe.load("int4")], [axis("prune_weights.sparsity=0.5,0.7")])
+    points = make_points([Recipe.load("int4-fast")], [axis("prune_weights.sparsity=0.5,0.7")])
     for point, sparsity in zip(points, (0.5, 0.7), strict=True):
         assert point.recipe is not None
         names = [step.name for step in point.recipe.passes]
@@ -75,12 +75,12 @@ def test_a_pass_that_no_recipe_has_is_added_at_its_stage() -> None:
 
 def test_fixed_settings_are_no_part_of_the_name() -> None:
     fixed = [parse_axis("quantize_weights.block=64", "--set", single=True)]
-    (point,) = make_points([Recipe.load("int4")], [axis("quantize_weights.bits=4")], fixed)
+    (point,) = make_points([Recipe.load("int4-fast")], [axis("quantize_weights.bits=4")], fixed)
     assert point.settings == {"quantize_weights.bits": 4}
     assert point.recipe is not None
     assert point.recipe.passes[-1].options == {"block": 64, "bits": 4}
     with pytest.raises(UsageError, match=r"quantize_weights\.block is given twice"):
-        make_points([Recipe.load("int4")], [axis("quantize_weights.block=32")], fixed)
+        make_points([Recipe.load("int4-fast")], [axis("quantize_weights.block=32")], fixed)
 
 
 def test_values_that_do_not_go_together_are_points_with_a_reason() -> None:
@@ -94,6 +94,6 @@ def test_values_that_do_not_go_together_are_points_with_a_reason() -> None:
 
 def test_a_value_that_no_point_can_have_is_refused_at_once() -> None:
     with pytest.raises(UsageError, match="bits = 9 is not possible"):
-        make_points([Recipe.load("int4")], [axis("quantize_weights.bits=4,9")])
+        make_points([Recipe.load("int4-fast")], [axis("quantize_weights.bits=4,9")])
     with pytest.raises(UsageError, match=r"sparsity = 1\.5"):
         make_points([Recipe.load("safe")], [axis("prune_weights.sparsity=1.5")])

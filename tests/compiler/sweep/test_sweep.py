@@ -40,14 +40,14 @@ class Told(Silent):
 
 def run(model: Path, out: Path, **options: object) -> SweepResult:
     given: dict[str, object] = {"text": model / "text.txt", "bench_rounds": 0, "jobs": 1, "window": 64}
-    return sweep(model, out, **{**given, "grid": GRID, "recipes": ["int4"], **options})  # type: ignore[arg-type]
+    return sweep(model, out, **{**given, "grid": GRID, "recipes": ["int4-fast"], **options})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def swept(model: Path, tmp_path_factory: pytest.TempPathFactory) -> SweepResult:
     """Three points with their artifacts and speeds."""
     out = tmp_path_factory.mktemp("sweep") / "out"
-    return run(model, out, recipes=["safe", "int4"], keep="all", bench_rounds=1)
+    return run(model, out, recipes=["safe", "int4-fast"], keep="all", bench_rounds=1)
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -57,7 +57,11 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 def test_the_rows_are_what_the_manifests_say(swept: SweepResult) -> None:
     found = rows(swept.path)
-    assert [(r["recipe"], r["quantize_weights.bits"]) for r in found] == [("safe", ""), ("int4", "4"), ("int4", "8")]
+    assert [(r["recipe"], r["quantize_weights.bits"]) for r in found] == [
+        ("safe", ""),
+        ("int4-fast", "4"),
+        ("int4-fast", "8"),
+    ]
     for row, point in zip(found, swept.record.points, strict=True):
         assert point.artifact is not None
         manifest = read_manifest(swept.path / point.artifact)
@@ -116,7 +120,7 @@ def test_a_recipe_file_reproduces_its_point(swept: SweepResult, model: Path, tmp
 def test_the_same_sweep_measures_nothing_again(swept: SweepResult, model: Path, tmp_path: Path) -> None:
     shutil.copytree(swept.path, tmp_path / "out")
     told = Told()
-    again = run(model, tmp_path / "out", recipes=["safe", "int4"], bench_rounds=1, progress=told)
+    again = run(model, tmp_path / "out", recipes=["safe", "int4-fast"], bench_rounds=1, progress=told)
     assert [name for name, _ in told.stages] == ["open"]
     assert again.record.points == swept.record.points
     assert all("(known)" in note for note in told.notes)
@@ -166,7 +170,7 @@ def test_a_sweep_without_any_figures_fails_with_the_first_reason(model: Path, tm
 @pytest.mark.slow
 def test_gates_let_points_fail_where_they_are_asked_for(model: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "strict.toml"
-    recipe.write_text('extends = "int4"\ngates = "int8"\n')
+    recipe.write_text('extends = "int4-fast"\ngates = "int8"\n')
     grid = ["quantize_weights.bits=2,8"]
     points = run(model, tmp_path / "out", recipes=[recipe], grid=grid, verify="fast").record.points
     assert [p.status for p in points] == ["failed", "ok"]

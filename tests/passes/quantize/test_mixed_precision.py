@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,15 +128,35 @@ def test_probing_makes_do_without_data() -> None:
     assert step.wants_statistics
     assert step.takes_own_text
     assert step.wants_gains
+    assert not step.minds_cost
+    assert QuantizeWeights(method="auto").minds_cost
+    assert not QuantizeWeights(method="auto", scopes=({"match": "x", "method": "probed"},)).minds_cost
     assert not QuantizeWeights(method="calibrated").takes_own_text
     mixed = QuantizeWeights(method="probed", scopes=({"match": "x", "method": "calibrated"},))
     assert not mixed.takes_own_text
-    _, change = _run(Context(target=get_target("portable")), method="probed", target_bits=4.6)
-    assert change.detail["bits_per_weight"] <= 4.6
 
 
-def test_probing_uses_statistics_that_are_there(context: Context) -> None:
+@pytest.mark.parametrize("method", ["auto", "probed"])
+def test_probing_without_statistics_goes_by_role(method: str) -> None:
+    context = Context(target=get_target("portable"))
+    probed, change = _run(context, method=method, target_bits=4.5)
+    searched, _ = _run(Context(target=get_target("portable")), method="search")
+    assert probed.SerializeToString(deterministic=True) == searched.SerializeToString(deterministic=True)
+    assert change.detail["bits_per_weight"] > 4.5
+    assert context.notes == [
+        "quantize_weights: target_bits = 4.5 does not count without statistics: bits go by role, up to 8"
+    ]
+
+
+def test_probing_without_statistics_asks_for_the_widths_by_role() -> None:
+    four_only = replace(get_target("portable"), weight_bits=(4,))
+    with pytest.raises(UsageError, match="cannot store weights of 8 bits"):
+        _run(Context(target=four_only), method="auto", target_bits=4.5)
+
+
+@pytest.mark.parametrize("method", ["auto", "probed"])
+def test_probing_uses_statistics_that_are_there(context: Context, method: str) -> None:
     options = {"target_bits": 4.6}
-    probed, _ = _run(context, method="probed", **options)
+    probed, _ = _run(context, method=method, **options)
     calibrated, _ = _run(context, method="calibrated", **options)
     assert probed.SerializeToString(deterministic=True) == calibrated.SerializeToString(deterministic=True)
