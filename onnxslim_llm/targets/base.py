@@ -63,6 +63,7 @@ class Target:
         lint_is_final: What the lint finds keeps a model from running, whoever wrote it. Otherwise a compile leaves the
             source's own operators of other domains in it.
         extra: The optional dependency of this project that brings the runtime; "" where it is always there.
+        default_recipe: The preset for whoever asks for none; "" leaves the choice to the kind of model.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Target:
     simulated: bool = False
     lint_is_final: bool = False
     extra: str = ""
+    default_recipe: str = ""
 
     def installed(self) -> tuple[bool, str]:
         """Return whether artifacts can be run here, and the runtime's version or what is missing."""

@@ -13,6 +13,7 @@ from onnxslim_llm.ir.shapes import shape_of
 from onnxslim_llm.rewrite.constants import constant_value
 from onnxslim_llm.rewrite.facts import onnx_type
 from onnxslim_llm.rewrite.schema import normal_domain
+from onnxslim_llm.targets.htp_integers import float_violations
 from onnxslim_llm.targets.lint import Violation, place_of
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def htp_violations(model: Model) -> Iterator[Violation]:
         for node in graph.nodes:
             if normal_domain(node.domain) == "":
                 yield from _node(node)
+    yield from float_violations(model)
     yield from narrow_weights(model)
 
 

@@ -220,8 +220,8 @@ QNN_HTP = QnnHtpTarget(
     name="qnn-htp",
     description=(
         "Qualcomm's Hexagon Tensor Processor through ONNX Runtime: fixed shapes (--shape), integers between Q and DQ "
-        "nodes (recipes w8a16, w8a8), compiled by Qualcomm's own compiler with no node left to the CPU. Without the "
-        "device it runs in the vendor's simulator."
+        "nodes (recipes w8a16, which is the default here, w8a8, w4a16, w4a8), compiled by Qualcomm's own compiler with "
+        "no node left to the CPU. Without the device it runs in the vendor's simulator."
     ),
     package=PACKAGE,
     lowering=(
@@ -237,4 +237,5 @@ QNN_HTP = QnnHtpTarget(
     simulated=True,
     lint_is_final=True,
     extra=EXTRA,
+    default_recipe="w8a16",
 )
