@@ -42,6 +42,7 @@ class Contestant:
         stamp: what a stored result depends on, besides the subject.
         target: opens the artifact; plain ONNX Runtime or llama.cpp if there is none.
         kinds: of subjects that it can do.
+        fits: which of these it is worth making for.
     """
 
     group: str
@@ -50,6 +51,11 @@ class Contestant:
     stamp: str
     target: str = ""
     kinds: tuple[str, ...] = ("decoder", "encoder")
+    fits: Callable[[Subject], bool] = lambda _: True
+
+    def takes(self, subject: Subject) -> bool:
+        """Whether there is a row of it in the subject's table."""
+        return subject.kind in self.kinds and self.fits(subject)
 
     def open(self, artifact: Path) -> Path | Session:
         """Return an open session, or the file where llama.cpp runs it."""

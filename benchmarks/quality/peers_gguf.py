@@ -26,6 +26,9 @@ _KINDS = (
 )
 #: Of these, those that llama.cpp refuses to make without an importance matrix.
 _NEED_IMPORTANCES = {"IQ2_M", "IQ3_XXS", "IQ3_XS"}
+#: These become IQ4_NL or Q4_0, which are rows of their own, where a matrix's rows are no multiple of a block.
+_WHOLE_BLOCKS = {"Q2_K", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "Q3_K_S", "IQ4_NL"}
+_BLOCK = 256
 #: By model: they are collected once.
 _KNOWN: dict[str, Importances] = {}
 
@@ -37,7 +40,15 @@ def gguf_peers() -> Iterator[Contestant]:
     for kind in _KINDS:
         for weighted in (True,) if kind in _NEED_IMPORTANCES else (False, True):
             name = f"{kind}, imatrix" if weighted else kind
-            yield Contestant("llama.cpp", name, partial(_gguf, kind, weighted), stamp, kinds=("decoder",))
+            make = partial(_gguf, kind, weighted)
+            fits = _has_whole_blocks if kind in _WHOLE_BLOCKS else lambda _: True
+            yield Contestant("llama.cpp", name, make, stamp, kinds=("decoder",), fits=fits)
+
+
+def _has_whole_blocks(subject: Subject) -> bool:
+    assert subject.checkpoint is not None
+    model = gguf_peer.read_checkpoint(subject.checkpoint)
+    return model.hidden % _BLOCK == model.intermediate % _BLOCK == 0
 
 
 def _gguf(kind: str, weighted: bool, subject: Subject, folder: Path) -> Path:

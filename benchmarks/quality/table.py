@@ -88,7 +88,7 @@ def run(subjects: list[Subject], contestants: list[Contestant], args: argparse.N
         if subject.kind == "decoder":
             source = Recorded(DecoderRunner(source))
         for contestant in contestants:
-            if subject.kind not in contestant.kinds or not _wanted(contestant, args.only):
+            if not contestant.takes(subject) or not _wanted(contestant, args.only):
                 continue
             key = f"{subject.name} | {contestant.group} | {contestant.name}"
             stamp = f"{contestant.stamp}; {len(subject.tokens)} tokens"
@@ -112,7 +112,7 @@ def run(subjects: list[Subject], contestants: list[Contestant], args: argparse.N
             cells[key] = {**about, "date": f"{datetime.now(UTC):%Y-%m-%d}", **cell}
             args.json.write_text(json.dumps(stored, indent=1) + "\n")
             print(plain(cells[key]), flush=True)
-    present = {f"{s.name} | {c.group} | {c.name}" for s in subjects for c in contestants}
+    present = {f"{s.name} | {c.group} | {c.name}" for s in subjects for c in contestants if c.takes(s)}
     stored["cells"] = {k: v for k, v in cells.items() if k in present or v["subject"] not in {s.name for s in subjects}}
     stored["machine"] = _machine()
     args.json.write_text(json.dumps(stored, indent=1) + "\n")
