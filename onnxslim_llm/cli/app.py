@@ -9,9 +9,10 @@ from typing import Any
 import click
 
 from onnxslim_llm import __version__
-from onnxslim_llm.cli.run import PROGRAM
 
-__all__ = ["VERBS", "UnknownVerbError", "app"]
+__all__ = ["PROGRAM", "VERBS", "UnknownVerbError", "app"]
+
+PROGRAM = "onnxslim-llm"
 
 VERBS = {
     "compile": "Turn a model into a small, fast, verified artifact.",

@@ -11,11 +11,11 @@ from types import TracebackType
 
 import click
 
+from onnxslim_llm.cli.app import PROGRAM, app
 from onnxslim_llm.errors import SlimError
 
-__all__ = ["INTERRUPTED", "PROGRAM", "run"]
+__all__ = ["INTERRUPTED", "run"]
 
-PROGRAM = "onnxslim-llm"
 INTERRUPTED = 128 + signal.SIGINT
 _BROKEN_PIPE = 128 + signal.SIGPIPE
 _USAGE = 2
@@ -24,8 +24,6 @@ _VERBOSE = frozenset({"-v", "--verbose"})
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command line `arguments` (without the program's name) and return the exit code."""
-    from onnxslim_llm.cli.app import app
-
     verbose = not _VERBOSE.isdisjoint(arguments)
     try:
         with app.make_context(PROGRAM, list(arguments)) as context:

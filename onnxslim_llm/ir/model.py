@@ -14,7 +14,7 @@ from onnx import TensorProto, defs
 from onnxslim_llm.errors import ModelError
 from onnxslim_llm.ir.copying import copy_graph
 from onnxslim_llm.ir.names import NameSource
-from onnxslim_llm.ir.proto.check import check_model, check_text
+from onnxslim_llm.ir.proto.check import check_graphs, check_text
 from onnxslim_llm.ir.proto.external import ExternalFiles, resolve_model_path
 from onnxslim_llm.ir.proto.imports import (
     canonical,
@@ -162,7 +162,7 @@ class Model:
         Raises:
             ModelError: It names the tensor or node.
         """
-        self.notes += [note for note in check_model(self) if note not in self.notes]
+        self.notes += [note for note in check_graphs(self.graph, self.functions) if note not in self.notes]
 
     def to_proto(self, weights: Literal["inline", "omit"] = "inline") -> onnx.ModelProto:
         """Return the model as a proto.

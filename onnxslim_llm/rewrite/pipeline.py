@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from onnxslim_llm.errors import CompilerBug, ModelError, SlimError
-from onnxslim_llm.ir.proto.check import check_model
+from onnxslim_llm.ir.proto.check import check_graphs
 from onnxslim_llm.ir.shapes.contradictions import contradictions
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.order import check_order
@@ -158,7 +158,7 @@ def _run_pass(step: Pass, model: Model, context: Context, gate: Gate | None) -> 
 
 def _check_valid(step: Pass, model: Model) -> None:
     try:
-        check_model(model)
+        check_graphs(model.graph, model.functions)
     except ModelError as error:
         raise CompilerBug(
             f"pass '{step.name}' left no valid model: {error.what}",

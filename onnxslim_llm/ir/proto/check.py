@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import networkx as nx
 import onnx_graphsurgeon as gs
@@ -15,10 +16,7 @@ from onnxslim_llm.ir.ownership import owned_constants, subgraphs
 from onnxslim_llm.ir.proto.reader import describe
 from onnxslim_llm.ir.walk import with_subgraphs
 
-if TYPE_CHECKING:
-    from onnxslim_llm.ir.model import Model
-
-__all__ = ["check_model", "check_text"]
+__all__ = ["check_graphs", "check_text"]
 
 _AGAIN = "the model is invalid: export it again"
 
@@ -48,24 +46,24 @@ def check_text(message: Message, where: str) -> None:
         )
 
 
-def check_model(model: Model) -> list[str]:
-    """Check all graphs of a model; return notes on what is unusual but allowed.
+def check_graphs(graph: gs.Graph, functions: Sequence[gs.Function]) -> list[str]:
+    """Check a model's graph and functions; return notes on what is unusual but allowed.
 
     Raises:
         ModelError: It names the tensor or node.
     """
     notes: list[str] = []
-    for graph in (model.graph, *model.functions):
-        _check_graph(graph, frozenset(), notes)
-    _check_calls(model)
+    for scope in (graph, *functions):
+        _check_graph(scope, frozenset(), notes)
+    _check_calls(functions)
     return notes
 
 
-def _check_calls(model: Model) -> None:
+def _check_calls(functions: Sequence[gs.Function]) -> None:
     """Check that no model-local function calls itself, directly or through others: ONNX has no recursion."""
-    names = {(function.domain, function.name) for function in model.functions}
+    names = {(function.domain, function.name) for function in functions}
     calls = nx.DiGraph()
-    for function in model.functions:
+    for function in functions:
         for graph in with_subgraphs(function):
             targets = {(node.domain, node.op) for node in graph.nodes} & names
             calls.add_edges_from(((function.domain, function.name), target) for target in targets)
