@@ -172,6 +172,20 @@ def test_exact_products(kernel_isa: str, scheme: PackedScheme, rows: int, seed: 
 
 
 @pytest.mark.parametrize("kernel_isa", ISAS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("block", [16, 32, 64, 256])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_exact_products_of_few_rows(kernel_isa: str, rows: int, bits: int, block: int, symmetric: bool) -> None:
+    rng = np.random.default_rng(block + rows)
+    scheme = PackedScheme(520, 35, bits=bits, block=block, symmetric=symmetric)
+    weight, a = random_weight(scheme, rng), activations(rows, scheme.rows, rng)
+    actual = kernels.matmul(a, weight, scheme, Accuracy.EXACT, isa=kernel_isa)
+    size = np.abs(a).astype(np.float64) @ np.abs(reference.dequantize(weight))
+    assert (np.abs(actual - reference.matmul(a, weight, Accuracy.EXACT)) <= EXACT_ERROR * size).all()
+
+
+@pytest.mark.parametrize("kernel_isa", ISAS)
 @pytest.mark.parametrize("rows", [1, 8, 40])
 def test_bf16_products(kernel_isa: str, rows: int) -> None:
     rng = np.random.default_rng(rows)
