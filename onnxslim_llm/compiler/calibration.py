@@ -106,7 +106,7 @@ class Calibrator:
         return self._with_gains(self.statistics(), steps)
 
     def _with_gains(self, statistics: Statistics | None, steps: Sequence[Pass]) -> Statistics | None:
-        if statistics is None or statistics.gains or not any(step.wants_gains for step in steps):
+        if statistics is None or statistics.gains or not any(step.wants_tied_gains for step in steps):
             return statistics
         from onnxslim_llm.stats.gains import measure_gains
 
@@ -116,6 +116,7 @@ class Calibrator:
             self.source,
             self._data,
             statistics,
+            only_tied=not any(step.wants_gains for step in steps),
             threads=self.threads,
             progress=lambda done, total: self.progress.advance(done),
         )

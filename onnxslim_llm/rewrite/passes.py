@@ -107,6 +107,11 @@ class Pass(ABC):
         return False
 
     @property
+    def wants_tied_gains(self) -> bool:
+        """Whether it must say so at least of tables that are a product's weight as well."""
+        return self.wants_gains
+
+    @property
     def wants_cache_ranges(self) -> bool:
         """Whether `Context.cache_ranges` must be there with these options."""
         return False

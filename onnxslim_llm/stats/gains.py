@@ -44,7 +44,7 @@ _AMPLITUDE = 0.05
 _LARGEST_FACTOR = 4096
 _SMALLEST_TABLE = 4096  # elements
 _FILE = "gains.json"
-_VERSION = 2
+_VERSION = 3
 
 
 def measure_gains(
@@ -52,11 +52,14 @@ def measure_gains(
     data: Calibration,
     statistics: Statistics,
     *,
+    only_tied: bool = False,
     threads: int = 0,
     tokens: int = GAIN_TOKENS,
     progress: Progress | None = None,
 ) -> dict[str, Gain]:
     """Return the gain of every product's weight and of every embedding table, by the initializer's name.
+
+    A weight that is both, read by a product and by look-ups, has two gains: errors are made in one of both at a time.
 
     Nothing is measured of a model that is too large for so many runs: the result is empty then. Otherwise gains are
     kept in the folder of the statistics and taken from there the next time.
@@ -65,6 +68,7 @@ def measure_gains(
         model: The .onnx file, external data beside it.
         data: The calibration inputs, the first ones of which are used.
         statistics: Of the same model and data.
+        only_tied: Measure embedding tables that are a product's weight as well, and no other weight.
         threads: For ONNX Runtime; 0 leaves the choice to it.
         tokens: Rows of the answer that a run is judged by; fewer for large models.
         progress: Called with (done, of how many) weights.
@@ -72,35 +76,39 @@ def measure_gains(
     Raises:
         ModelError: The model does not run, or an error in a weight makes its answer NaN or infinite.
     """
-    key = f"gains v{_VERSION} {statistics.key} {tokens}"
+    key = f"gains v{_VERSION} {statistics.key} {tokens} {only_tied}"
     known = _stored(statistics.folder / _FILE, key)
     if known is not None:
         return known
     proto = onnx.load(model, load_external_data=False)
     weights = {tensor.name: tensor for tensor in proto.graph.initializer if len(tensor.dims) == 2}
     products = [name for tap in find_taps(proto.graph) for name in tap.weights if name in weights]
-    tables = [name for name in _tables(proto.graph, weights) if name not in products]
-    _let_replace(proto, weights, [*products, *tables])
+    tables = list(_tables(proto.graph, weights))
     size = sum(int(np.prod(weights[name].dims)) for name in products)
+    if only_tied:
+        tied = list(_tied(products, tables, weights, model.parent))
+        products, tables = ([*dict.fromkeys(names)] for names in (zip(*tied, strict=True) if tied else ((), ())))
     limit = min(tokens, int(_WORK / max(1, size * (len(products) + len(tables)))))
-    if limit < _FEWEST_TOKENS:
+    if limit < _FEWEST_TOKENS or not products:
         return {}
+    inputs = {name: name for name in tables if name not in products}
+    inputs |= {name: _let_look_up(proto, weights[name]) for name in tables if name in products}
+    _let_replace(proto, [*products, *inputs.values()])
     if isinstance(data, TokenCalibration):
         data = replace(data, window=min(data.window, limit))
     judge = _Judge(open_session(proto, threads=threads, base_dir=model.parent), data, limit)
-    gains = {}
-    names = [*products, *tables]
-    for done, name in enumerate(names):
+    gains: dict[str, Gain] = {}
+    runs = [*((name, False) for name in products), *((name, True) for name in tables)]
+    for done, (name, of_table) in enumerate(runs):
         weight = numpy_helper.to_array(weights[name], base_dir=str(model.parent))
         random = np.random.default_rng(done)
-        change, squared = (
-            _table_error(weight, random) if name in tables else _product_error(weight, name, statistics, random)
-        )
+        change, squared = _table_error(weight, random) if of_table else _product_error(weight, name, statistics, random)
         if squared > 0:
-            harm = judge.harm({name: (weight.astype(np.float32) + change).astype(weight.dtype)}, name)
-            gains[name] = Gain(harm, squared, name in tables)
+            changed = (weight.astype(np.float32) + change).astype(weight.dtype)
+            gain = Gain(judge.harm({inputs[name] if of_table else name: changed}, name), squared, of_table)
+            gains[name] = replace(gains[name], looked_up=gain) if name in gains else gain
         if progress is not None:
-            progress(done + 1, len(names))
+            progress(done + 1, len(runs))
     content = {"key": key, "gains": {name: asdict(gain) for name, gain in gains.items()}}
     (statistics.folder / _FILE).write_text(json.dumps(content))
     return gains
@@ -113,7 +121,12 @@ def _stored(file: Path, key: str) -> dict[str, Gain] | None:
         return None
     if content.get("key") != key:
         return None
-    return {name: Gain(**entry) for name, entry in content["gains"].items()}
+    return {name: _read(entry) for name, entry in content["gains"].items()}
+
+
+def _read(entry: dict[str, Any]) -> Gain:
+    looked_up = entry.pop("looked_up")
+    return Gain(**entry, looked_up=None if looked_up is None else _read(looked_up))
 
 
 def _tables(graph: onnx.GraphProto, weights: dict[str, onnx.TensorProto]) -> Iterator[str]:
@@ -123,9 +136,40 @@ def _tables(graph: onnx.GraphProto, weights: dict[str, onnx.TensorProto]) -> Ite
             yield name
 
 
-def _let_replace(proto: onnx.ModelProto, weights: dict[str, onnx.TensorProto], names: list[str]) -> None:
+def _tied(
+    products: list[str], tables: list[str], weights: dict[str, onnx.TensorProto], folder: Path
+) -> Iterator[tuple[str, str]]:
+    """Yield each product's weight that is a table, too, as one initializer or as two, with the name of the table."""
+    for table in tables:
+        rows, columns = weights[table].dims
+        for product in products:
+            if product == table:
+                yield product, table
+            elif sorted(weights[product].dims) == sorted((rows, columns)):
+                one, other = (numpy_helper.to_array(weights[name], base_dir=str(folder)) for name in (table, product))
+                if any(np.array_equal(one, turned) for turned in (other, other.T)):
+                    yield product, table
+
+
+def _let_look_up(proto: onnx.ModelProto, table: onnx.TensorProto) -> str:
+    """Let look-ups read a copy of a table, so that it can be changed without them; return the copy's name."""
+    taken = {name for node in proto.graph.node for name in (*node.input, *node.output)}
+    name = f"{table.name}/looked_up"
+    while name in taken:
+        name += "_"
+    copy = proto.graph.initializer.add()
+    copy.CopyFrom(table)
+    copy.name = name
+    for node in proto.graph.node:
+        if node.op_type == "Gather" and node.input[0] == table.name:
+            node.input[0] = name
+    return name
+
+
+def _let_replace(proto: onnx.ModelProto, names: list[str]) -> None:
     """Make graph inputs of weights: their content is the default then, and a run may bring another one."""
     proto.ir_version = max(proto.ir_version, 4)
+    weights = {tensor.name: tensor for tensor in proto.graph.initializer}
     inputs = {info.name for info in proto.graph.input}
     for name in names:
         if name not in inputs:

@@ -41,11 +41,13 @@ class Gain:
         harm: Mean KL divergence in nats, or relative squared difference of an encoder's output.
         squared: The error: tr(E^T H E) a row of the input for a product's weight, the sum of its squares for a table.
         of_table: Which of both it is.
+        looked_up: The same of the look-ups, where one weight is both a product's and a table.
     """
 
     harm: float
     squared: float
     of_table: bool = False
+    looked_up: Gain | None = None
 
     @property
     def per_square(self) -> float:

@@ -196,6 +196,11 @@ class QuantizeWeights(Pass):
         """Whether bits are shared out by what errors do to the answer."""
         return self.wants_statistics and self.target_bits > 0
 
+    @property
+    def wants_tied_gains(self) -> bool:
+        """Whether a tied table's errors have to be weighed as those of a classifier and of an embedding."""
+        return self.wants_statistics
+
     def apply(self, model: Model, context: Context) -> Change:
         """Replace the products and look-ups; the weight work itself is recorded and done at save.
 

@@ -124,6 +124,7 @@ def _gains(group: WeightGroup, statistics: Statistics | None) -> tuple[float, fl
             table = gain.per_square
         elif gain is not None:
             product = gain.per_square
+            table = gain.looked_up.per_square if gain.looked_up is not None else table
     return (product if group.roles - {"embedding"} else 0.0), (table if "embedding" in group.roles else 0.0)
 
 
