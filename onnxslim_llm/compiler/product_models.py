@@ -21,7 +21,7 @@ from onnxslim_llm.rewrite.pipeline import Pipeline
 from onnxslim_llm.targets import Target
 from onnxslim_llm.targets.product_times import ProductForm
 
-__all__ = ["INPUT", "ROW", "lowered_products"]
+__all__ = ["INPUT", "ROW", "lowered_products", "single_rows"]
 
 #: Inputs of the model: the rows [copies, K] that are multiplied, one with each weight, and the row of a table.
 INPUT = "x"
@@ -71,6 +71,26 @@ class _FilledJob(QuantizeJob):
         return {}
 
 
+def single_rows(form: ProductForm, copies: int) -> Model:
+    """Return a model that takes rows apart, which is what `lowered_products` does besides products.
+
+    Args:
+        form: Says how long they are.
+        copies: How many.
+    """
+    opset = helper.make_opsetid("", _OPSET)
+    empty = helper.make_graph([], "products", [], [])
+    model = from_proto(helper.make_model(empty, opset_imports=[opset], ir_version=_IR_VERSION))
+    kind = np.dtype(form.computes_in)
+    # Sizes as free as those of decoders: with one row for certain, ONNX Runtime makes a Gemm of a product and a sum.
+    rows = gs.Variable(INPUT, kind, ("rows", form.rows))
+    pieces = [gs.Variable(f"x{i}", kind, ("part", form.rows)) for i in range(copies)]
+    model.graph.inputs.append(rows)
+    model.graph.nodes.append(gs.Node("Split", "split", {"axis": 0, "num_outputs": copies}, [rows], pieces))
+    model.graph.outputs.extend(pieces)
+    return model
+
+
 def lowered_products(form: ProductForm, copies: int, target: Target) -> Model:
     """Return a model that multiplies `copies` rows, each with a weight of its own, or looks up rows of tables.
 
@@ -79,18 +99,12 @@ def lowered_products(form: ProductForm, copies: int, target: Target) -> Model:
         copies: How many.
         target: Whose operators it has, by the same lowering as any model for this target.
     """
-    opset = helper.make_opsetid("", _OPSET)
-    empty = helper.make_graph([], "products", [], [])
-    model = from_proto(helper.make_model(empty, opset_imports=[opset], ir_version=_IR_VERSION))
+    model = single_rows(form, copies)
     graph = model.graph
-    kind = np.dtype(form.computes_in)
-    rows = gs.Variable(INPUT, kind, (copies, form.rows))
-    row = gs.Variable(ROW, np.dtype(np.int64), (1,))
-    pieces = [gs.Variable(f"x{i}", kind, (1, form.rows)) for i in range(copies)]
+    pieces, kind = list(graph.outputs), np.dtype(form.computes_in)
+    graph.outputs.clear()
     reads = {"product": [True], "look_up": [False], "tied": [False, True]}[form.read_as]
-    if True in reads:
-        graph.inputs.append(rows)
-        graph.nodes.append(gs.Node("Split", "split", {"axis": 0, "num_outputs": copies}, [rows], pieces))
+    row = gs.Variable(ROW, np.dtype(np.int64), (1,))
     if False in reads:
         graph.inputs.append(row)
     scheme = WeightScheme(form.bits, form.block, form.symmetric, "rtn", form.scale_type)
@@ -99,7 +113,7 @@ def lowered_products(form: ProductForm, copies: int, target: Target) -> Model:
         for product in reads:
             graph.nodes += _read(model, codes, piece if product else row, form, product=product)
             result = graph.nodes[-1].outputs[0]
-            result.dtype, result.shape = kind, (1, form.columns if product else form.rows)
+            result.dtype, result.shape = kind, (None, form.columns if product else form.rows)
             graph.outputs.append(result)
     Pipeline(target.lowering).run(model, Context(target=target))
     return model
@@ -119,7 +133,12 @@ def _codes(form: ProductForm, scheme: WeightScheme, number: int) -> list[tuple[_
 
 
 def _read(
-    model: Model, codes: list[tuple[_FilledJob, list[gs.Constant | None]]], what: gs.Variable, form: ProductForm, *, product: bool
+    model: Model,
+    codes: list[tuple[_FilledJob, list[gs.Constant | None]]],
+    what: gs.Variable,
+    form: ProductForm,
+    *,
+    product: bool,
 ) -> list[gs.Node]:
     """Return the nodes that read a weight; the last one makes the result."""
     concept = BLOCK_MATMUL if product else BLOCK_GATHER
