@@ -12,10 +12,11 @@ from onnxslim_llm.errors import UsageError
 from onnxslim_llm.passes.quantize.codes.columns import columns_of
 from onnxslim_llm.passes.quantize.codes.trial import held_error
 from onnxslim_llm.passes.quantize.folding.channel_scales import Columns, best_candidate, candidates
-from onnxslim_llm.passes.quantize.folding.fold_scales import fold_scales, tied
-from onnxslim_llm.passes.quantize.folding.fold_sites import FoldSite, find_fold_sites
+from onnxslim_llm.passes.quantize.folding.fold_scales import tied
+from onnxslim_llm.passes.quantize.folding.fold_sites import FoldSite
 from onnxslim_llm.passes.quantize.folding.following import following_quantizer
-from onnxslim_llm.rewrite.passes import Change, Pass
+from onnxslim_llm.passes.quantize.folding.scale_sites import ScaleSites, Scaling, moments_of
+from onnxslim_llm.rewrite.passes import Change
 from onnxslim_llm.rewrite.stage import Stage
 from onnxslim_llm.stats.transforms import Scaled
 
@@ -34,7 +35,7 @@ _JUDGED = 1024
 
 
 @dataclass(frozen=True)
-class ScaleChannels(Pass):
+class ScaleChannels(ScaleSites):
     """Multiply the rows of weights by factors that suit the calibration data, and divide what makes their input (AWQ).
 
     With factors that grow with the size of a channel, the weights of large channels get finer codes. The division is
@@ -69,19 +70,6 @@ class ScaleChannels(Pass):
     group: ClassVar[str] = "quantize"
     stage: ClassVar[Stage] = Stage.FOLD
 
-    grid: int = 20
-    values: bool = True
-    min_gain: float = 0.01
-
-    def __post_init__(self) -> None:
-        if self.grid < 1:
-            raise UsageError(f"grid must be 1 or more, not {self.grid}", where=self.name)
-
-    @property
-    def wants_statistics(self) -> bool:
-        """It works from the moments of the inputs."""
-        return True
-
     def requires(self, model: Model, context: Context) -> None:
         """Check that there are data, and a quantizer to prepare for.
 
@@ -95,29 +83,19 @@ class ScaleChannels(Pass):
 
     def apply(self, model: Model, context: Context) -> Change:
         """Scale all sites of the top graph where that helps."""
-        change = Change(detail={"inputs": []})
         quantizer = following_quantizer(context)
         assert quantizer is not None
         schemes = quantizer.plan(model, context)
-        for site in find_fold_sites(model, change):
-            reason = self._scale(model, context, site, schemes, change)
-            if reason:
-                change.skip(site.where, reason)
-        return change
+        return self.scale_sites(model, context, lambda site: self._choose(context, site, schemes))
 
-    def _scale(
-        self, model: Model, context: Context, site: FoldSite, schemes: dict[str, WeightScheme], change: Change
-    ) -> str:
-        """Scale a site, or return why it stays."""
-        if site.kind == "values" and not self.values:
-            return "it is the result of an attention, and `values` is off"
+    def _choose(self, context: Context, site: FoldSite, schemes: dict[str, WeightScheme]) -> Scaling | str:
+        """Return the factors of a site, or why it stays."""
         coded = [product for product in site.products if product.name in schemes]
         if not coded:
             return "no quantized product reads it"
-        assert context.statistics is not None
-        moments = context.statistics.of_weight(coded[0].name)
-        if moments is None or moments.size != coded[0].rows:
-            return "no calibration data reach it"
+        moments = moments_of(coded[0], context)
+        if isinstance(moments, str):
+            return moments
         columns = [Columns(columns_of(p.weight, p.k_axis, _JUDGED), schemes[p.name], p.columns) for p in coded]
         tried = [_some(part) for part in columns]
         fit = moments.load().fit
@@ -132,18 +110,8 @@ class ScaleChannels(Pass):
         if not after < before * (1 - self.min_gain):
             ratio = after / before if before else 1.0
             return f"on samples that were held out the error becomes {ratio:.3f} times what it is"
-        fold_scales(model, context, site, best.factor)
-        change.sites.append(site.where)
-        change.detail["inputs"].append(
-            {
-                "name": site.where,
-                "made_by": site.kind,
-                "exponent": best.exponent,
-                "by_weight": best.by_weight,
-                "error_ratio": round(after / before, 4),
-            }
-        )
-        return ""
+        detail = {"exponent": best.exponent, "by_weight": best.by_weight, "error_ratio": round(after / before, 4)}
+        return Scaling(best.factor, detail)
 
 
 def _some(part: Columns) -> Columns:

@@ -15,9 +15,10 @@ from onnxslim_llm.errors import UsageError
 from onnxslim_llm.passes.quantize.codes.columns import columns_of
 from onnxslim_llm.passes.quantize.codes.trial import lost, quickly_coded
 from onnxslim_llm.passes.quantize.folding.channel_scales import Columns, candidates
-from onnxslim_llm.passes.quantize.folding.fold_scales import fold_scales, tied
-from onnxslim_llm.passes.quantize.folding.fold_sites import FoldSite, find_fold_sites
-from onnxslim_llm.rewrite.passes import Change, Pass
+from onnxslim_llm.passes.quantize.folding.fold_scales import tied
+from onnxslim_llm.passes.quantize.folding.fold_sites import FoldSite
+from onnxslim_llm.passes.quantize.folding.scale_sites import ScaleSites, Scaling, moments_of
+from onnxslim_llm.rewrite.passes import Change
 from onnxslim_llm.rewrite.stage import Stage
 from onnxslim_llm.stats.moments import Moments
 
@@ -35,7 +36,7 @@ _BITS = (4, 8, 16)
 
 
 @dataclass(frozen=True)
-class SmoothActivations(Pass):
+class SmoothActivations(ScaleSites):
     """Divide channels of activations by factors that make them alike, and multiply the weights behind (SmoothQuant).
 
     One scale for a whole activation is as coarse as its largest channel wants it. The factors are
@@ -61,36 +62,28 @@ class SmoothActivations(Pass):
         - `values` is off and the input is the result of an attention.
 
     Attributes:
-        activation_bits: Width of the integers that activations will be rounded to: 4, 8 or 16.
-        weight_bits: That of weights: 4 or 8.
         grid: Steps of the exponent between 0 and 1.
         values: Scale the values of attentions, too. What a KV cache holds of them is scaled then: caches cannot be
             exchanged with the source model.
         min_gain: Share by which the error must fall.
+        activation_bits: Width of the integers that activations will be rounded to: 4, 8 or 16.
+        weight_bits: That of weights: 4 or 8.
     """
 
     name: ClassVar[str] = "smooth_activations"
     group: ClassVar[str] = "quantize"
     stage: ClassVar[Stage] = Stage.FOLD
 
+    min_gain: float = 0.02
     activation_bits: int = 8
     weight_bits: int = 8
-    grid: int = 20
-    values: bool = True
-    min_gain: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.grid < 1:
-            raise UsageError(f"grid must be 1 or more, not {self.grid}", where=self.name)
+        super().__post_init__()
         for option, allowed in (("activation_bits", _BITS), ("weight_bits", _BITS[:2])):
             if getattr(self, option) not in allowed:
                 what = f"{option} = {getattr(self, option)} is not possible"
                 raise UsageError(what, where=self.name, todo=f"choose one of {', '.join(map(str, allowed))}")
-
-    @property
-    def wants_statistics(self) -> bool:
-        """It works from the moments of the inputs."""
-        return True
 
     def requires(self, model: Model, context: Context) -> None:
         """Check that there are data.
@@ -102,21 +95,13 @@ class SmoothActivations(Pass):
 
     def apply(self, model: Model, context: Context) -> Change:
         """Smooth all sites of the top graph where that helps."""
-        change = Change(detail={"inputs": []})
-        for site in find_fold_sites(model, change):
-            reason = self._smooth(model, context, site, change)
-            if reason:
-                change.skip(site.where, reason)
-        return change
+        return self.scale_sites(model, context, lambda site: self._choose(context, site))
 
-    def _smooth(self, model: Model, context: Context, site: FoldSite, change: Change) -> str:
-        """Smooth a site, or return why it stays."""
-        if site.kind == "values" and not self.values:
-            return "it is the result of an attention, and `values` is off"
-        assert context.statistics is not None
-        moments = context.statistics.of_weight(site.products[0].name)
-        if moments is None or moments.size != site.products[0].rows:
-            return "no calibration data reach it"
+    def _choose(self, context: Context, site: FoldSite) -> Scaling | str:
+        """Return the factors of a site, or why it stays."""
+        moments = moments_of(site.products[0], context)
+        if isinstance(moments, str):
+            return moments
         scheme = WeightScheme(self.weight_bits, 0, symmetric=True, method="rtn")
         columns = [Columns(columns_of(p.weight, p.k_axis, _COLUMNS), scheme, p.columns) for p in site.products]
         collected = moments.load()
@@ -133,11 +118,7 @@ class SmoothActivations(Pass):
         ratio = after / before if before else 1.0
         if not ratio < 1 - self.min_gain:
             return f"on samples that were held out the error of both roundings becomes {ratio:.3f} times what it is"
-        fold_scales(model, context, site, best.factor)
-        change.sites.append(site.where)
-        entry = {"name": site.where, "made_by": site.kind, "exponent": best.exponent, "error_ratio": round(ratio, 4)}
-        change.detail["inputs"].append(entry)
-        return ""
+        return Scaling(best.factor, {"exponent": best.exponent, "error_ratio": round(ratio, 4)})
 
 
 def rounding_error(columns: Sequence[Columns], moments: Moments, largest: Array, factor: Array, bits: int) -> float:
