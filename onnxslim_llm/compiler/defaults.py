@@ -13,7 +13,7 @@ from onnxslim_llm.recipe import Recipe
 from onnxslim_llm.runtime.signature import find_decoder
 from onnxslim_llm.targets import Target
 
-__all__ = ["LARGE_MATMUL_ELEMENTS", "default_output", "default_recipe", "rounds_activations"]
+__all__ = ["LARGE_MATMUL_ELEMENTS", "default_output", "default_recipe", "remedy_of", "rounds_activations"]
 
 #: A model without a MatMul weight of this many elements gains nothing from few bits: scales and graph outweigh it.
 LARGE_MATMUL_ELEMENTS = 16_384
@@ -40,6 +40,23 @@ def default_recipe(model: Model, target: Target | None = None) -> tuple[Recipe, 
     if find_decoder(model.to_proto("omit"))[0] is None:
         return Recipe.load("int8"), "recipe 'int8': the default for models that are no decoders"
     return Recipe.load("int4"), "recipe 'int4': the default for decoders"
+
+
+def remedy_of(recipe: Recipe, target: Target, *, with_data: bool) -> str:
+    """Return what to try where an artifact missed its gates.
+
+    Args:
+        recipe: That it was made with.
+        target: Where it runs.
+        with_data: Whether the user gave calibration data.
+    """
+    if all(step.group != "qdq" for step in recipe.build()):
+        return "a gentler recipe (int8), a smaller block or more bits for the worst layers may pass"
+    if not with_data:
+        return "ranges of activations from data of your own (--calib FILE) may pass"
+    wide = target.qdq is not None and any("16" in kind for kind in target.qdq.activations)
+    gentler = "16-bit activations (recipe w8a16)" if wide else "weights alone in 8 bits (recipe int8)"
+    return f"{gentler}, or more data like what the model will see, may pass"
 
 
 def rounds_activations(model: Model) -> bool:

@@ -114,6 +114,11 @@ class FixedSource:
         carry_side_files(source.parent, folder, only_known=True)
         self._caches = [tensor for tensor in model.graph.inputs if _is_cache(tensor)]
 
+    @property
+    def has_caches(self) -> bool:
+        """Whether inputs have the shape of caches, which `samples` fills."""
+        return bool(self._caches)
+
     def samples(self, tokens: np.ndarray[tuple[int], np.dtype[np.int64]] | None) -> Path | None:
         """Write inputs of steps: only what the model itself has seen makes a cache.
 

@@ -24,11 +24,12 @@ from onnxslim_llm.compiler.bundle import bundle_operators, check_library
 from onnxslim_llm.compiler.calibration import SELF, Calibrator
 from onnxslim_llm.compiler.client_files import write_client_files
 from onnxslim_llm.compiler.config_file import config_changes
-from onnxslim_llm.compiler.defaults import default_output, default_recipe, rounds_activations
+from onnxslim_llm.compiler.defaults import default_output, default_recipe, remedy_of, rounds_activations
 from onnxslim_llm.compiler.fixed_source import FixedSource, Shapes
 from onnxslim_llm.compiler.graphs import MODEL_NAME, GraphPlan, GraphShape, parse_graphs, shapes_of
 from onnxslim_llm.compiler.job import Job
 from onnxslim_llm.compiler.lowering import KvCache, check_opset, in_order, intake_passes, lowering_passes
+from onnxslim_llm.compiler.observation import text_of_steps
 from onnxslim_llm.compiler.pair import check_pair
 from onnxslim_llm.compiler.progress import Progress, Silent
 from onnxslim_llm.compiler.verification import Judge
@@ -219,12 +220,12 @@ def compile(  # noqa: A001
         )
         if manifest.failed_gates:
             guilty = next((plan.judge.guilty for plan in plans if plan.judge.guilty), str(path))
-            raise _gate_error(manifest, staging, guilty)
+            raise _gate_error(manifest, staging, guilty, remedy_of(chosen, goal, with_data=given is not None))
         _write_report(manifest, staging.directory)
         return CompileResult(staging.publish(), manifest)
 
 
-def _gate_error(manifest: Manifest, staging: Staging, where: str) -> GateError:
+def _gate_error(manifest: Manifest, staging: Staging, where: str, remedy: str) -> GateError:
     beside, failed = staging.reject(manifest), manifest.failed_gates
     first = failed[0]
     value, limit = ("not measured" if figure is None else f"{figure:.4g}" for figure in (first.value, first.limit))
@@ -232,7 +233,7 @@ def _gate_error(manifest: Manifest, staging: Staging, where: str) -> GateError:
         f"the artifact missed {len(failed)} gate(s), first {first.name}: {value} where {first.comparison} "
         f"{limit} is wanted; nothing was published",
         where=where,
-        todo=f"see {beside}; a gentler recipe (int8), a smaller block or more bits for the worst layers may pass",
+        todo=f"see {beside}; {remedy}",
     )
     error.manifest = manifest
     return error
@@ -265,9 +266,10 @@ def _plan(
     if shapes.text:
         folder = staging.directory / "-".join(filter(None, [FIXED_NAME, graph.name]))
         fixed = FixedSource(base.source, shapes, folder, base.threads)
-        samples = fixed.samples(base.tokens())
+        steps_text = text_of_steps(base, recipe.build()) if fixed.has_caches else None
+        samples = fixed.samples(steps_text)
         free = base if given is None else None
-        calibrator = replace(base, source=fixed.path, data=samples or given, notes=[], any_size=free)
+        calibrator = replace(base, source=fixed.path, data=samples or given, notes=[*base.notes], any_size=free)
         text = samples or text
     judge = Judge(calibrator.source, target, recipe, verify, text, base.threads, base.progress, calibrator)
     steps = in_order(recipe.build(), shapes.for_lowering(lowering))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim_llm.compiler.calibration import Calibrator
-from onnxslim_llm.compiler.own_text import written_by
+from onnxslim_llm.compiler.calibration import SELF, Calibrator
 from onnxslim_llm.errors import UsageError
 from onnxslim_llm.gradients.scorer import GradientScorer
 from onnxslim_llm.gradients.tuner import LogitTuner
@@ -20,15 +20,15 @@ from onnxslim_llm.stats.observe import GraphObserver, Observer
 if TYPE_CHECKING:
     from onnxslim_llm.gradients.source import GradientSource
     from onnxslim_llm.gradients.tuning import CodeTuner
+    from onnxslim_llm.rewrite.passes import Pass
     from onnxslim_llm.runtime.session import Session
 
-__all__ = ["SampleSource", "make_gradient_source", "make_observer", "make_tuner"]
+__all__ = ["SampleSource", "make_gradient_source", "make_observer", "make_tuner", "text_of_steps"]
 
-#: Without data a decoder writes so many tokens at a time, in rows of its own: enough to see the usual ranges.
-_MADE_UP_WINDOW = 64
-#: Without data other models get so many samples of random inputs, of so many tokens or elements a dimension.
+#: Without data what is no decoder gets so many samples of random inputs, of so many elements a dimension.
 _MADE_UP_SAMPLES = 16
 _MADE_UP_LENGTH = 32
+_OWN_TEXT = "text that the model wrote itself"
 
 
 def make_observer(calibrator: Calibrator) -> Observer:
@@ -106,23 +106,53 @@ class SampleSource:
         if self.calibrator.data is not None:
             return self.calibrator.calibration(source)
         made, what = _made_up(self.calibrator, source)
-        note = f"no calibration data: ranges of activations come from {what}; --calib FILE gives better ones"
-        self.calibrator.notes += [] if note in self.calibrator.notes else [note]
-        self.calibrator.progress.note(note)
+        _tell(self.calibrator, what)
         return made
 
 
-def _made_up(calibrator: Calibrator, session: Session) -> tuple[Calibration, str]:
-    from onnxslim_llm.runtime.decoder import DecoderRunner
-    from onnxslim_llm.runtime.feeds import index_bounds, random_feeds, sizes_of
+def text_of_steps(calibrator: Calibrator, passes: Iterable[Pass]) -> NDArray[np.int64] | None:
+    """Return the tokens that the caches of a graph of steps are filled with; None where random ones will do.
+
+    Args:
+        calibrator: Knows the source before its sizes were fixed.
+        passes: What the graph will go through: where ranges are taken from its samples, the model writes them a text
+            if the user has none.
+
+    Raises:
+        UsageError: The user's data do not fit the model.
+    """
+    tokens = calibrator.tokens()
+    given = calibrator.data
+    if tokens is not None or (str(given) != SELF if given is not None else all(p.group != "qdq" for p in passes)):
+        return tokens
+    from onnxslim_llm.runtime.session import open_session
     from onnxslim_llm.runtime.signature import find_decoder
 
-    signature, _ = find_decoder(session)
-    if signature is not None:
-        runner = DecoderRunner(session, signature)
-        window = min(_MADE_UP_WINDOW, signature.length or _MADE_UP_WINDOW)
-        tokens = written_by(runner, window, window)
-        return TokenCalibration.checked(tokens, window, runner.vocab, runner.arrays), "text that the model wrote itself"
+    source = open_session(calibrator.source, threads=calibrator.threads)
+    if find_decoder(source)[0] is None:
+        return None
+    if given is None:
+        _tell(calibrator, _OWN_TEXT)
+    data = replace(calibrator, data=Path(SELF)).calibration(source)
+    return data.tokens if isinstance(data, TokenCalibration) else None
+
+
+def _tell(calibrator: Calibrator, what: str) -> None:
+    note = f"no calibration data: ranges of activations come from {what}; --calib FILE gives better ones"
+    if note not in calibrator.notes:
+        calibrator.notes.append(note)
+        calibrator.progress.note(note)
+
+
+def _made_up(calibrator: Calibrator, session: Session) -> tuple[Calibration, str]:
+    from onnxslim_llm.runtime.feeds import index_bounds, random_feeds, sizes_of
+    from onnxslim_llm.runtime.session import open_session
+    from onnxslim_llm.runtime.signature import find_decoder
+
+    if find_decoder(session)[0] is not None:
+        free = calibrator.any_size or calibrator
+        source = session if free is calibrator else open_session(free.source, threads=calibrator.threads)
+        return replace(free, data=Path(SELF)).calibration(source), _OWN_TEXT
     rng = np.random.default_rng(0)
     bounds = index_bounds(calibrator.stub())
     sizes = sizes_of(session.inputs, batch=1, length=_MADE_UP_LENGTH)

@@ -11,8 +11,9 @@ from onnx import numpy_helper
 
 from onnxslim_llm import compiler
 from onnxslim_llm.compiler.calibration import Calibrator
+from onnxslim_llm.compiler.defaults import remedy_of
 from onnxslim_llm.compiler.lowering import in_order, lowering_passes
-from onnxslim_llm.compiler.observation import SampleSource
+from onnxslim_llm.compiler.observation import SampleSource, text_of_steps
 from onnxslim_llm.compiler.progress import Silent
 from onnxslim_llm.errors import ModelError
 from onnxslim_llm.recipe import Recipe, preset_names
@@ -139,3 +140,39 @@ def test_inspection_says_what_comes_before_the_data(layers: Path, recipe: str) -
     found = compiler.inspect(layers, recipe=recipe, target="ort-cpu")
     assert found.recipe == recipe
     assert "quantize_activations" not in {site.name for site in found.sites}
+
+
+def test_caches_hold_what_the_model_wrote_where_ranges_come_from_them(sample_dir: Path, tmp_path: Path) -> None:
+    path, folder = sample_dir / "model.onnx", tmp_path / "statistics"
+    quantized, exact = Recipe.load("w8a16").build(), Recipe.load("safe").build()
+    silent = Calibrator(path, None, folder, 1, Silent())
+    assert text_of_steps(silent, exact) is None  # random tokens will do where nothing is rounded
+    written = text_of_steps(silent, quantized)
+    assert written is not None
+    assert "the model wrote itself" in silent.notes[0]
+    asked = Calibrator(path, Path("self"), folder, 1, Silent())
+    np.testing.assert_array_equal(text_of_steps(asked, quantized), written)
+    assert asked.notes == []
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"tokens": [3, 4, 5]}\n')
+    given = Calibrator(path, text, folder, 1, Silent())
+    np.testing.assert_array_equal(text_of_steps(given, quantized), [3, 4, 5])
+
+
+def test_what_is_no_decoder_has_no_text(layers: Path, tmp_path: Path) -> None:
+    calibrator = Calibrator(layers, None, tmp_path / "statistics", 1, Silent())
+    assert text_of_steps(calibrator, Recipe.load("w8a16").build()) is None
+    assert calibrator.notes == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "target", "data", "what"),
+    [
+        ("int4-fast", "portable", False, "gentler recipe (int8)"),
+        ("w8a8", "qnn-htp", False, "--calib FILE"),
+        ("w8a8", "qnn-htp", True, "recipe w8a16"),
+        ("w8a8", "ort-cpu", True, "recipe int8"),
+    ],
+)
+def test_what_to_do_after_a_missed_gate(recipe: str, target: str, data: bool, what: str) -> None:
+    assert what in remedy_of(Recipe.load(recipe), get_target(target), with_data=data)
