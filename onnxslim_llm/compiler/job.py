@@ -14,6 +14,7 @@ from onnxslim_llm.compiler.graphs import GraphPlan
 from onnxslim_llm.compiler.legality import check_legal
 from onnxslim_llm.compiler.nonfinite import NonFinite, nonfinite_weights
 from onnxslim_llm.compiler.observation import make_gradient_source, make_observer, make_tuner
+from onnxslim_llm.compiler.product_timer import RuntimeTimer
 from onnxslim_llm.compiler.progress import Progress
 from onnxslim_llm.compiler.text_tokens import TextTokens
 from onnxslim_llm.compiler.verification import may_roll_back
@@ -50,6 +51,10 @@ class Job:
     progress: Progress
     memory_limit: int | None
     report_names: list[str] = field(default_factory=list)
+    _timer: RuntimeTimer = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._timer = RuntimeTimer(self.target, self.account.threads, self.progress)
 
     def run(self, source: Model) -> list[Verify | None]:
         """Make and verify the graphs; without what broke them, if that may be left out.
@@ -120,6 +125,7 @@ class Job:
             observer=make_observer(graph.calibrator),
             gradients=make_gradient_source(graph.calibrator),
             tuner=make_tuner(graph.calibrator),
+            timer=self._timer,
             shared_ranges=shared,
             tokens=TextTokens(first.calibrator),
         )

@@ -78,17 +78,16 @@ def single_rows(form: ProductForm, copies: int) -> Model:
         form: Says how long they are.
         copies: How many.
     """
-    opset = helper.make_opsetid("", _OPSET)
-    empty = helper.make_graph([], "products", [], [])
-    model = from_proto(helper.make_model(empty, opset_imports=[opset], ir_version=_IR_VERSION))
-    kind = np.dtype(form.computes_in)
+    pieces = [f"x{i}" for i in range(copies)]
     # Sizes as free as those of decoders: with one row for certain, ONNX Runtime makes a Gemm of a product and a sum.
-    rows = gs.Variable(INPUT, kind, ("rows", form.rows))
-    pieces = [gs.Variable(f"x{i}", kind, ("part", form.rows)) for i in range(copies)]
-    model.graph.inputs.append(rows)
-    model.graph.nodes.append(gs.Node("Split", "split", {"axis": 0, "num_outputs": copies}, [rows], pieces))
-    model.graph.outputs.extend(pieces)
-    return model
+    given, *parts = (
+        helper.make_tensor_value_info(name, _TYPES[form.computes_in], [size, form.rows])
+        for name, size in ((INPUT, "rows"), *((piece, "part") for piece in pieces))
+    )
+    split = helper.make_node("Split", [INPUT], pieces, "split", axis=0, num_outputs=copies)
+    graph = helper.make_graph([split], "products", [given], parts)
+    opset = helper.make_opsetid("", _OPSET)
+    return from_proto(helper.make_model(graph, opset_imports=[opset], ir_version=_IR_VERSION))
 
 
 def lowered_products(form: ProductForm, copies: int, target: Target) -> Model:

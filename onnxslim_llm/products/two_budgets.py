@@ -1,9 +1,10 @@
 """One choice for every item, so that the costs are least within two budgets, such as bytes and seconds.
 
-Each budget has a price. With prices given, the best choice of an item is the one with the least cost + price x size, for
-both budgets, whatever the other items get (Lagrangian relaxation; Everett, Operations Research 11, 1963). For several
-ratios of the two prices the lowest ones are looked for with which everything fits; what the best of these assignments
-leaves of the budgets is filled by single changes.
+Each budget has a price. With prices given, the best choice of an item is the one with the least cost + price x size,
+for both budgets, whatever the other items get (Lagrangian relaxation; Everett, Operations Research 11, 1963). For
+several ratios of the two prices the lowest ones are looked for with which everything fits. What is a little too large
+just below them is made to fit by single changes, the cheapest for the excess first; what the best of all these
+assignments leave of the budgets is filled by single changes, too.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def choose_within(
 
 
 class _Table:
-    """Costs [items, choices] and shares of the budgets [2, items, choices]; infinite where an item has fewer choices."""
+    """Costs [items, choices] and shares of the budgets [2, items, choices]; infinite for choices that are not there."""
 
     def __init__(self, items: Sequence[Sequence[Use]], budgets: tuple[float, float]) -> None:
         shape = (len(items), max(map(len, items), default=0))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from onnxslim_llm.stats.statistics import Statistics
     from onnxslim_llm.stats.token_source import TokenSource
     from onnxslim_llm.targets.base import Target
+    from onnxslim_llm.targets.product_times import ProductTimer
 
 __all__ = ["Context"]
 
@@ -39,6 +40,7 @@ class Context:
         shared_ranges: Where several graphs are made of the source: what the calibration of the others has said.
         gradients: Computes figures of gradients of the graph as it is, in torch; None where there is no source model.
         tuner: Tunes coded weights by the answers of the source model, in torch; None where there are no data.
+        timer: Times products in the target's runtime; None where nothing is compiled.
         tokens: Knows which tokens the user's data have; None where there is no source model.
         notes: One-line remarks for the user; passes append to it.
     """
@@ -52,6 +54,7 @@ class Context:
     shared_ranges: SharedRanges | None = None
     gradients: GradientSource | None = None
     tuner: CodeTuner | None = None
+    timer: ProductTimer | None = None
     tokens: TokenSource | None = None
     notes: list[str] = field(default_factory=list)
 

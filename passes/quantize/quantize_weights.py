@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
@@ -12,7 +13,9 @@ from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.opset import convert_opset
 from onnxslim_llm.ir.shapes import infer_shapes
+from onnxslim_llm.passes.quantize.bits.limits import Limits
 from onnxslim_llm.passes.quantize.bits.mixed_precision import FORMS, Demand, share_out
+from onnxslim_llm.passes.quantize.bits.speed import times_of
 from onnxslim_llm.passes.quantize.bits.stored_size import storage_of
 from onnxslim_llm.passes.quantize.codes.planes import PLANES
 from onnxslim_llm.passes.quantize.codes.scale_range import half_holds_scales
@@ -37,7 +40,12 @@ __all__ = ["LONG_BLOCK", "QuantizeWeights"]
 
 #: (opset, IR version) that brought the element types of codes.
 _NEEDS = {2: (25, 13), 3: (21, 10), 4: (21, 10), 5: (25, 13), 6: (25, 13), 8: (21, 10)}
-#: What `target_bits` decides; 0 bits still leave weights alone.
+#: Limits of what all weights together take, and how to set them.
+_LIMITS = {
+    "target_bits": "give the bits per weight, 4.5 say, or 0",
+    "target_ms": "give the milliseconds for a token, 5 say, or 0",
+}
+#: What these decide; 0 bits still leave weights alone.
 _SHARED_OUT = frozenset({"bits", "block", "embedding_bits", "lm_head_bits", "sensitive_bits"})
 #: Weights that get more bits than the others have codes that are fine enough for long blocks.
 LONG_BLOCK = 128
@@ -97,7 +105,13 @@ class QuantizeWeights(Pass):
             `symmetric`, zero points are shared out so that the expected KL divergence is least, and `bits`, `block`
             and the options by role do not count, except that 0 leaves alone. Scopes that name bits or a block hold.
             Where "auto" and "probed" find no statistics it does not count, and the other options do.
-        widths: Bits that weights may get by `target_bits`; default: all that the target can store.
+        target_ms: Milliseconds that all products and look-ups with these weights may take together for one token, on
+            this machine, in the target's runtime and with the threads of the compile; 0 sets no limit. Everything is
+            as for `target_bits`, and both limits hold where both are given. Every form that a weight may get is timed,
+            which takes a minute or two; the times and their sum are in the manifest.
+        times: A manifest.json with times that were measured before, perhaps elsewhere: the choice is made by these, and
+            comes out the same again.
+        widths: Bits that weights may get by `target_bits` and `target_ms`; default: all that the target can store.
         scale_dtype: Type that scales are stored in: "activation" is that of the activations; "float16" saves
             16 / block bits a weight, and the runtime converts them when it loads the model. Weights whose scales
             float16 cannot hold get the other.
@@ -121,6 +135,8 @@ class QuantizeWeights(Pass):
     scopes: tuple[dict[str, Any], ...] = ()
     scale_dtype: ScaleType = "float16"
     target_bits: float = 0.0
+    target_ms: float = 0.0
+    times: str = ""
     widths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -130,22 +146,28 @@ class QuantizeWeights(Pass):
             check_scheme({"bits": getattr(self, option)}, f"{where}.{option}", may_be_left=True)
         for width in self.widths:
             check_scheme({"bits": width}, f"{where}.widths")
-        if self.target_bits < 0:
-            todo = "give the bits per weight, 4.5 say, or 0"
-            raise UsageError(f"target_bits = {self.target_bits!r} is not possible", where=where, todo=todo)
+        for option, todo in _LIMITS.items():
+            value = getattr(self, option)
+            if not 0 <= value < math.inf:  # NaN, too
+                raise UsageError(f"{option} = {value!r} is not possible", where=where, todo=todo)
+        if self.times and not self.target_ms:
+            todo = f"set {where}.target_ms as well"
+            raise UsageError("times are only of use with target_ms", where=f"{where}.times", todo=todo)
         compile_patterns(self.exclude, f"{where}.exclude")
         check_scopes(self.scopes, where)
-        if self.target_bits:
-            self._check_nothing_else_is_asked_for()
+        limit = next((option for option in _LIMITS if getattr(self, option)), "")
+        if limit:
+            self._check_nothing_else_is_asked_for(limit)
 
-    def _check_nothing_else_is_asked_for(self) -> None:
+    def _check_nothing_else_is_asked_for(self, limit: str) -> None:
         """Refuse options that would not count, rather than ignore them."""
         for option in fields(self):
             value = getattr(self, option.name)
             if option.name in _SHARED_OUT and value and value != option.default:
-                what = f"target_bits = {self.target_bits:g} shares bits and blocks out: {option.name} would not count"
+                shares = f"{limit} = {getattr(self, limit):g} shares bits and blocks out"
+                what = f"{shares}: {option.name} would not count"
                 todo = (
-                    f"take recipe int4-fast, set {self.name}.target_bits=0 as well, or choose by name with "
+                    f"take recipe int4-fast, set {self.name}.{limit}=0 as well, or choose by name with "
                     f"{self.name}.scopes"
                 )
                 raise UsageError(what, where=f"{self.name}.{option.name}", todo=todo)
@@ -165,7 +187,7 @@ class QuantizeWeights(Pass):
         usual = set(self.widths) if shares else {self.bits, *roles}
         asked = usual | {scope.get("bits", 0) for scope in self.scopes}
         missing = sorted(bits for bits in asked - {0} if not _can_store(bits, context.target.weight_bits))
-        if shares and min(context.target.weight_bits, default=0) > self.target_bits:
+        if shares and 0 < self.target_bits < min(context.target.weight_bits, default=0):
             missing.append(int(self.target_bits))
         if missing:
             can = ", ".join(map(str, context.target.weight_bits))
@@ -194,7 +216,7 @@ class QuantizeWeights(Pass):
     @property
     def wants_gains(self) -> bool:
         """Whether bits are shared out by what errors do to the answer."""
-        return self.wants_statistics and self.target_bits > 0
+        return self.wants_statistics and (self.target_bits > 0 or self.target_ms > 0)
 
     @property
     def wants_tied_gains(self) -> bool:
@@ -208,7 +230,7 @@ class QuantizeWeights(Pass):
             ModelError: The model cannot be converted to the opset that the codes need.
         """
         change = Change()
-        if self.target_bits and not self._shares_out(context):
+        if self.target_bits and not self._bits_count(context):
             what = f"{self.name}: target_bits = {self.target_bits:g} does not count without statistics"
             context.notes.append(f"{what}: bits go by role, up to {self.sensitive_bits}")
         infer_shapes(model)
@@ -219,7 +241,7 @@ class QuantizeWeights(Pass):
         if (model.opset() or 0) < opset:
             convert_opset(model, opset)
             follow_opset(model)
-            change = Change(detail={"converted_to_opset": opset})
+            change = Change(detail=change.detail | {"converted_to_opset": opset})
             known = {(group.name, group.k_axis): (scheme, account) for group, scheme, account in chosen}
             groups = [demand.group for demand in self._demands(model, change, context)]
             chosen = [(group, *known[group.name, group.k_axis]) for group in groups]
@@ -233,6 +255,9 @@ class QuantizeWeights(Pass):
         return {group.name: scheme for group, scheme, _ in self._choose(model, Change(), context)}
 
     def _shares_out(self, context: Context) -> bool:
+        return self._bits_count(context) or self.target_ms > 0
+
+    def _bits_count(self, context: Context) -> bool:
         """Whether `target_bits` counts: guesses of what matters in other models are no reason to give up safe bits."""
         return self.target_bits > 0 and not (self.takes_own_text and context.statistics is None)
 
@@ -261,7 +286,14 @@ class QuantizeWeights(Pass):
         if not self._shares_out(context):
             return [(demand.group, demand.schemes[0], {}) for demand in demands]
         known = context.statistics if self.wants_statistics else None
-        schemes, accounts = share_out(demands, self.target_bits, storage_of(context.target), known, self.name)
+        limits = Limits(self.target_bits if self._bits_count(context) else 0.0, self.target_ms)
+        times = None
+        if self.target_ms and demands:
+            times = times_of([(d.group, d.schemes) for d in demands], context, self.times, self.name)
+            change.detail["product_times"] = times.to_json()
+        schemes, accounts = share_out(demands, limits, storage_of(context.target), times, known, self.name)
+        if times is not None:
+            change.detail["expected_ms"] = round(sum(account["expected_ms"] for account in accounts), 6)
         return list(zip((d.group for d in demands), schemes, accounts, strict=True))
 
     def _schemes(

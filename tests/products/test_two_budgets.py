@@ -43,7 +43,7 @@ def test_no_limit_is_broken_and_no_uniform_choice_is_better(items: list[list[Use
 
 
 def _random_items(seed: int, count: int) -> list[list[Use]]:
-    """Like weights: more bytes are better, times follow bytes but not strictly, and weights differ in what they cost."""
+    """Like weights: more bytes are better, times follow bytes but not strictly; what errors cost differs."""
     random = np.random.default_rng(seed)
     items = []
     for _ in range(count):

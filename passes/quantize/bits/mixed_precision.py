@@ -1,4 +1,4 @@
-"""Bits shared out over the weights of a model, so that its answer suffers least for the bytes.
+"""Bits shared out over the weights of a model, so that its answer suffers least for the bytes, or for the time.
 
 Every weight is tried in every form on some of its columns. What the error of a form costs is, in nats of KL divergence,
 
@@ -7,7 +7,7 @@ Every weight is tried in every form on some of its columns. What the error of a 
   factor of H^-1: so one plain rounding and one factor predict them;
 - without data: the relative squared error times what such an error costs a weight of its role in other models.
 
-The multiple-choice knapsack does the rest.
+The multiple-choice knapsack does the rest, see `limits`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxslim_llm.concepts.block_weights import WeightScheme
-from onnxslim_llm.errors import UsageError
+from onnxslim_llm.passes.quantize.bits.limits import Form, Limits, choose_forms
+from onnxslim_llm.passes.quantize.bits.speed import seconds_of
 from onnxslim_llm.passes.quantize.bits.stored_size import Storage, stored_bytes
 from onnxslim_llm.passes.quantize.codes.coding import nearest_codes
 from onnxslim_llm.passes.quantize.codes.columns import columns_of
-from onnxslim_llm.products.knapsack import Choice, choose
 from onnxslim_llm.products.sites import WeightGroup
 from onnxslim_llm.stats.curvature import inverse_factor
 
 if TYPE_CHECKING:
     from onnxslim_llm.stats.statistics import Statistics
+    from onnxslim_llm.targets.product_times import TimeTable
 
 __all__ = ["FORMS", "Demand", "share_out", "tied_ridge"]
 
@@ -68,39 +69,48 @@ class Demand:
 
 
 def share_out(
-    demands: Sequence[Demand], target_bits: float, storage: Storage, statistics: Statistics | None, where: str
+    demands: Sequence[Demand],
+    limits: Limits,
+    storage: Storage,
+    times: TimeTable | None,
+    statistics: Statistics | None,
+    where: str,
 ) -> tuple[list[WeightScheme], list[dict[str, Any]]]:
     """Return the scheme of each weight, and what each form of it was expected to cost.
 
     Args:
         demands: The weights.
-        target_bits: Bits per weight, scales, zero points and padding included, that all of them together may take.
+        limits: What all of them together may take, scales, zero points and padding included.
         storage: How the target stores them.
+        times: Of everything that a token computes with them; None where time is not limited.
         statistics: With gains; None where there are no data.
         where: For messages.
 
     Raises:
-        UsageError: Not even the smallest forms fit.
+        UsageError: Not even the smallest, or the fastest, forms fit.
     """
-    costs = [_costs(demand, statistics) for demand in demands]
-    items = [
-        [Choice(stored_bytes(d.group, s, storage), cost) for s, cost in zip(d.schemes, found, strict=True)]
-        for d, found in zip(demands, costs, strict=True)
-    ]
+    items = [_forms(demand, storage, times, statistics) for demand in demands]
     elements = sum(d.group.source.size for d in demands)
-    picked = choose(items, int(target_bits * elements / 8), _uniform(demands))
-    if picked is None:
-        least = 8 * sum(min(c.size for c in item) for item in items) / max(elements, 1)
-        todo = f"ask for {least:.2f} or more, or allow fewer bits"
-        raise UsageError(f"the weights do not fit into {target_bits} bits each", where=where, todo=todo)
-    accounts = [
-        {
-            "expected": {_label(s): float(f"{c:.3g}") for s, c in zip(d.schemes, found, strict=True)},
-            "expected_kl": float(f"{found[i]:.3g}"),
-        }
-        for d, found, i in zip(demands, costs, picked, strict=True)
-    ]
+    picked = choose_forms(items, elements, limits, _uniform(demands), where)
+    accounts = [_account(d, item, i) for d, item, i in zip(demands, items, picked, strict=True)]
     return [d.schemes[i] for d, i in zip(demands, picked, strict=True)], accounts
+
+
+def _forms(demand: Demand, storage: Storage, times: TimeTable | None, statistics: Statistics | None) -> list[Form]:
+    group = demand.group
+    return [
+        Form(stored_bytes(group, scheme, storage), seconds_of(group, scheme, times) if times else 0.0, cost)
+        for scheme, cost in zip(demand.schemes, _costs(demand, statistics), strict=True)
+    ]
+
+
+def _account(demand: Demand, forms: Sequence[Form], picked: int) -> dict[str, Any]:
+    form = forms[picked]
+    expected = {_label(s): float(f"{f.cost:.3g}") for s, f in zip(demand.schemes, forms, strict=True)}
+    account: dict[str, Any] = {"expected": expected, "expected_kl": float(f"{form.cost:.3g}")}
+    if form.seconds:
+        account["expected_ms"] = float(f"{1e3 * form.seconds:.4g}")
+    return account
 
 
 def tied_ridge(group: WeightGroup, statistics: Statistics | None) -> float:
