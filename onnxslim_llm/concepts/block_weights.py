@@ -69,6 +69,7 @@ class WeightScheme:
         method: "rtn" takes the range of each block; "search" and "hqq" look for better scales, see custom_ops.quantize.
             "calibrated" takes the way with the least error in what the product computes on calibration data.
         scale_type: Type that scales are stored in.
+        accuracy: The least precision of products with the weight; None leaves it to the lowering.
     """
 
     bits: int = 4
@@ -76,6 +77,7 @@ class WeightScheme:
     symmetric: bool = True
     method: Method = "search"
     scale_type: Literal["float32", "float16"] = "float32"
+    accuracy: Accuracy | None = None
 
     def block_rows(self, rows: int) -> int:
         """Rows of a block of a weight with K = `rows`."""
@@ -98,7 +100,8 @@ class BlockJob(WeightJob):
         layout: Order of the bytes.
         stored_block: Rows that share a stored scale. More scales than the scheme has are stored, repeated, if a layout
             cannot hold blocks as long as a column.
-        accuracy: The least precision that products with it had in the source model; None leaves it to the lowering.
+        accuracy: The least precision of products with it, as they had it in the source model or as the scheme asks for;
+            None leaves it to the lowering.
     """
 
     scheme: WeightScheme

@@ -23,6 +23,7 @@ from onnxslim_llm.passes.quantize.replacement import Chosen, Replacement
 from onnxslim_llm.passes.quantize.settings import (
     BITS,
     PROBING,
+    AccuracyOption,
     MethodOption,
     ScaleType,
     Settings,
@@ -99,7 +100,7 @@ class QuantizeWeights(Pass):
         min_elements: Smaller weights are left alone.
         exclude: Regular expressions; weights with a match in their own name or in that of a reader are left alone.
         scopes: Other options by name: each entry has `match`, a regular expression as in `exclude`, and any of bits (0
-            leaves alone), block, symmetric, method, scale_dtype. Later entries win.
+            leaves alone), block, symmetric, method, scale_dtype, accuracy. Later entries win.
         target_bits: Bits per weight that all weights together may take, scales, zero points and the padding of the
             target's layout included; 0 leaves the choice to the other options. Otherwise bits, blocks and, unless
             `symmetric`, zero points are shared out so that the expected KL divergence is least, and `bits`, `block`
@@ -115,6 +116,10 @@ class QuantizeWeights(Pass):
         scale_dtype: Type that scales are stored in: "activation" is that of the activations; "float16" saves
             16 / block bits a weight, and the runtime converts them when it loads the model. Weights whose scales
             float16 cannot hold get the other.
+        accuracy: The least precision of products with the weights. "exact": activations stay float32; "bf16": they may be
+            rounded to bfloat16; "int8": to int8 in short blocks, which is fastest, and loses more than codes of 8 bits
+            do; "auto" leaves it to the target's lowering, which measures what int8 loses. Where the runtime decides when
+            it opens the model, as with `portable`, or has no such kernels, the manifest says so.
     """
 
     name: ClassVar[str] = "quantize_weights"
@@ -138,6 +143,7 @@ class QuantizeWeights(Pass):
     target_ms: float = 0.0
     times: str = ""
     widths: tuple[int, ...] = ()
+    accuracy: AccuracyOption = "auto"
 
     def __post_init__(self) -> None:
         where = self.name
@@ -321,7 +327,8 @@ class QuantizeWeights(Pass):
         widths = [by_role[role] for role in group.roles]
         bits = max(widths) if all(widths) else 0
         block = self.block if bits <= self.bits else max(self.block, LONG_BLOCK)
-        return Settings(bits, block if self.block else 0, self.symmetric, self.method, self.scale_dtype)
+        block = block if self.block else 0
+        return Settings(bits, block, self.symmetric, self.method, self.scale_dtype, self.accuracy)
 
 
 def _can_store(bits: int, widths: Collection[int]) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from onnxslim_llm.concepts.block_weights import Method, WeightScheme
+from onnxslim_llm.concepts.block_weights import Accuracy, Method, WeightScheme
 from onnxslim_llm.errors import UsageError, did_you_mean
 from onnxslim_llm.passes.quantize.codes.planes import PLANES
 from onnxslim_llm.products.selection import compile_patterns
@@ -18,6 +18,7 @@ __all__ = [
     "BLOCKS",
     "PROBING",
     "WORTH_A_CAST",
+    "AccuracyOption",
     "MethodOption",
     "ScaleType",
     "Settings",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 ScaleType = Literal["activation", "float16"]
+AccuracyOption = Literal["auto", "exact", "bf16", "int8"]
 #: "auto" and "probed" are "calibrated" where there are statistics of anything, and otherwise "search".
 MethodOption = Literal[Method, "auto", "probed"]
 #: The methods that make do with text of the model's own, and without any where it does not write.
@@ -41,7 +43,8 @@ BITS = (2, 3, 4, 5, 6, 8)
 BLOCKS = (0, 16, 32, 64, 128, 256)
 _METHODS = ("rtn", "search", "hqq", "calibrated", *PROBING)
 _SCALE_TYPES = ("activation", "float16")
-_SCOPE_KEYS = ("match", "bits", "block", "symmetric", "method", "scale_dtype")
+_ACCURACIES = ("auto", "exact", "bf16", "int8")
+_SCOPE_KEYS = ("match", "bits", "block", "symmetric", "method", "scale_dtype", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Settings:
         block, symmetric: As in `WeightScheme`.
         method: Likewise, or one of `PROBING`.
         scale_dtype: Type of the stored scales; "activation" is the type that is computed in.
+        accuracy: The least precision of products; "auto" leaves it to the lowering.
     """
 
     bits: int
@@ -60,6 +64,7 @@ class Settings:
     symmetric: bool
     method: MethodOption
     scale_dtype: ScaleType
+    accuracy: AccuracyOption = "auto"
 
     def in_scopes(self, scopes: Iterable[Mapping[str, Any]], names: Iterable[str]) -> Settings:
         """Return the settings changed by every scope whose pattern is found in one of the names, in order."""
@@ -85,7 +90,8 @@ class Settings:
         found: Method = "calibrated" if data else "search"
         method: Method = found if self.method == "auto" or self.method == "probed" else self.method
         symmetric = self.symmetric or self.bits in PLANES
-        scheme = WeightScheme(self.bits, block, symmetric, method, scale_type)
+        accuracy: Accuracy | None = None if self.accuracy == "auto" else self.accuracy
+        scheme = WeightScheme(self.bits, block, symmetric, method, scale_type, accuracy)
         saved = scheme.block_count(rows) * columns * (_BYTES[computes_in] - _BYTES[scale_type])
         return scheme if saved > WORTH_A_CAST else replace(scheme, scale_type=computes_in)
 
@@ -102,6 +108,7 @@ def check_scheme(values: Mapping[str, Any], where: str, *, may_be_left: bool = F
         "symmetric": (True, False),
         "method": _METHODS,
         "scale_dtype": _SCALE_TYPES,
+        "accuracy": _ACCURACIES,
     }
     for name, value in values.items():
         if name in allowed and value not in allowed[name]:

@@ -113,9 +113,10 @@ class LevelChoice(_Choice):
         self._wanted = wanted
 
     def of(self, call: BlockCall) -> int:
-        """Return the level of a product."""
-        if call.job.accuracy is not None:
-            found = _LEVELS[call.job.accuracy]
+        """Return the level of a product; bfloat16 is what an own operator or a recipe allows, where it is fast."""
+        wanted = call.job.accuracy
+        if wanted is not None and not (wanted == "bf16" and call.job.scheme.bits not in _FLOAT_BITS):
+            found = _LEVELS[wanted]
         elif self._wanted != "auto":
             found = self._wanted
         else:

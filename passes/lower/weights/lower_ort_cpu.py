@@ -52,7 +52,8 @@ class LowerOrtCpu(Pass):
         accuracy_level: What activations are rounded to before the product. 4: int8 in blocks, which is what the fast
             kernels need; 8-bit and 2-bit weights have no others. 1: float32, for 4-bit weights at half the speed.
             "auto" measures what int8 does to the results of each product, and takes 1 for those of 4-bit weights where
-            that is too much. Products that came in with a precision of their own keep it.
+            that is too much. Products that came in with a precision of their own, or whose weight was quantized with
+            one, keep it; but bfloat16 is no reason to take kernels that are missing.
         largest_error: For "auto": relative error of results, root mean square.
     """
 

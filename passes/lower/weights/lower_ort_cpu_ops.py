@@ -57,7 +57,7 @@ class LowerOrtCpuOps(Pass):
         accuracy: The least precision of products. "int8": activations are rounded to int8 in blocks of up to 32;
             "bf16": activations and weights to bfloat16; "exact": all in float32. "auto" measures what int8 and bf16 do
             to the results of each product and takes the fastest that is good enough. Products that came in with a
-            precision of their own keep it.
+            precision of their own, or whose weight was quantized with one, keep it.
         largest_error: For "auto": relative error of results, root mean square.
         exact: Regular expressions: products with a match in the name of the weight or of the node are exact, whatever
             `accuracy` says. `diff` lists the layers whose results differ most.

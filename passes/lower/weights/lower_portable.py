@@ -23,6 +23,10 @@ from onnxslim_llm.rewrite.passes import Change, Pass
 __all__ = ["LowerPortable"]
 
 _BITS = (2, 4, 8)
+_EXACT_NOTE = (
+    "exact products: a standard model cannot say so; open sessions with the entry session.disable_quant_qdq = 1, which "
+    "dequantizes weights to float32 at load, or ONNX Runtime rounds activations to int8"
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class LowerPortable(Pass):
             drop_unused_functions(model)
             products = sum(BLOCK_MATMUL.is_call(node) for node in nodes)
             change.detail.update(products=products, look_ups=len(nodes) - products)
+            if any(call.job.accuracy == "exact" and not call.is_gather for call in recorded):
+                context.notes.append(_EXACT_NOTE)
         return change
 
     def ensures(self, model: Model, context: Context) -> None:

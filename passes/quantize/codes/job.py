@@ -59,7 +59,7 @@ class QuantizeJob(BlockJob):
     ) -> None:
         self.inputs = (source,)
         self.k_axis = k_axis
-        self.scheme = scheme
+        self.scheme, self.accuracy = scheme, scheme.accuracy
         self.name = name
         self.layout: BlockLayout = layout
         self.rows, self.columns = source.shape[k_axis], source.shape[1 - k_axis]
