@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,13 +16,12 @@ from onnxslim_llm.passes.quantize.codes.compensate import Coded, Grid, compensat
 from onnxslim_llm.passes.quantize.codes.planes import fit_grid, is_split, rounded, stored_scale
 from onnxslim_llm.passes.quantize.codes.polish import polish
 from onnxslim_llm.stats.curvature import inverse_factor, output_error
-from onnxslim_llm.stats.statistics import StoredMoments
+from onnxslim_llm.stats.prepared import Prepared
+from onnxslim_llm.stats.statistics import Collected, StoredMoments
 
 __all__ = ["InputKnowledge", "best_codes", "knowledge_of", "nearest_codes", "spec_of"]
 
 Array = NDArray[Any]
-
-_KEPT = 2  # statistics of so many inputs are held at a time
 
 
 @dataclass(frozen=True)
@@ -122,36 +118,17 @@ def _best_of(candidates: Sequence[Coded], winner: Array) -> Coded:
     return result
 
 
-class _Cache:
-    """The last few prepared statistics, made once for all tiles and threads."""
-
-    def __init__(self) -> None:
-        self._made: OrderedDict[tuple[Path, str, float], InputKnowledge] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def of(self, moments: StoredMoments, ridge: float) -> InputKnowledge:
-        key = (moments.file, moments.digest, ridge)
-        with self._lock:
-            if key not in self._made:
-                self._made[key] = _prepare(moments, ridge)
-                while len(self._made) > _KEPT:
-                    self._made.popitem(last=False)
-            self._made.move_to_end(key)
-            return self._made[key]
-
-
-def _prepare(moments: StoredMoments, ridge: float) -> InputKnowledge:
-    collected = moments.load()
+def _prepare(collected: Collected, ridge: float) -> InputKnowledge:
     grams = []
     for part in (collected.fit, collected.held):
-        assert part.gram is not None, moments.file
+        assert part.gram is not None
         grams.append(part.gram + ridge * part.count * np.eye(part.size))
     importance = (collected.fit.mean_square + ridge).astype(np.float32)
     fit, held = (gram.astype(np.float32) for gram in grams)
     return InputKnowledge(importance, inverse_factor(grams[0]), fit, held)
 
 
-_CACHE = _Cache()
+_KNOWLEDGE = Prepared(_prepare)
 
 
 def knowledge_of(moments: StoredMoments, ridge: float = 0.0) -> InputKnowledge:
@@ -161,4 +138,4 @@ def knowledge_of(moments: StoredMoments, ridge: float = 0.0) -> InputKnowledge:
         moments: Of the input of the product.
         ridge: Added to the diagonal of the mean of H.
     """
-    return _CACHE.of(moments, ridge)
+    return _KNOWLEDGE.of(moments, ridge)
