@@ -128,11 +128,15 @@ class Calibrator:
         if self._no_own_text:
             return None
         if all(step.minds_cost for step in steps):
-            self._no_own_text = too_much_work(self.stub())
+            self._no_own_text = too_much_work(self.stub(), token_count(self.source))
         if not self._no_own_text:
             try:
                 self.data = Path(SELF)
-                return self._with_gains(self.statistics(), steps)
+                found = self._with_gains(self.statistics(), steps)
+                if self._data is not None and found is not None and found.taps:
+                    self._tell_own_text(len(self._data.tokens) if isinstance(self._data, TokenCalibration) else 0)
+                    return found
+                self._no_own_text = "no product with weights was found to listen to"
             except (ModelError, UsageError) as error:
                 what = f"{error.what}, {error.where}" if error.where not in ("", "--calib") else error.what
                 self._no_own_text = (
@@ -142,6 +146,11 @@ class Calibrator:
                 self.data = None
         self.notes.append(f"weights are chosen without statistics: {self._no_own_text}")
         return None
+
+    def _tell_own_text(self, tokens: int) -> None:
+        what = f"weights are fitted to text that the model wrote itself ({tokens} tokens)"
+        note = f"{what}: --calib FILE with text like what it will read gives better weights"
+        self.notes += [] if note in self.notes else [note]
 
     def cache_ranges_wanted_by(self, passes: Iterable[Pass]) -> dict[str, NDArray[Any]] | None:
         """Return how large the caches' entries become, if one of the passes wants to know.

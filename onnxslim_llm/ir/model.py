@@ -33,7 +33,7 @@ from onnxslim_llm.ir.proto.value_lists import listing_of
 from onnxslim_llm.ir.proto.versions import FIRST_IR_WITH_CONSTANTS, FIRST_IR_WITH_OPSETS, ir_version_to_write
 from onnxslim_llm.ir.proto.writer import Store, Writer, inline_store
 from onnxslim_llm.ir.walk import all_constants, operator_name, with_subgraphs
-from onnxslim_llm.ir.weights import weight_of
+from onnxslim_llm.ir.weights import DerivedWeight, weight_of
 from onnxslim_llm.ir.weights.weight import Weight
 
 __all__ = ["INLINE_LIMIT", "STUB_BYTES", "Model", "from_proto", "open_model", "resolve_model_path"]
@@ -194,7 +194,8 @@ class Model:
         locations: dict[Hashable, str] = {}
 
         def store(out: TensorProto, weight: Weight) -> None:
-            if weight.nbytes <= STUB_BYTES or weight.onnx_dtype == TensorProto.STRING:
+            small = weight.nbytes <= STUB_BYTES and not isinstance(weight, DerivedWeight)  # whose work is done at save
+            if small or weight.onnx_dtype == TensorProto.STRING:
                 inline_store(out, weight)
                 return
             location = locations.setdefault(weight.key, f"omitted/{len(locations)}")
