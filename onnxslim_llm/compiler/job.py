@@ -13,7 +13,7 @@ from onnxslim_llm.compiler.fusion import FusionCensus
 from onnxslim_llm.compiler.graphs import GraphPlan
 from onnxslim_llm.compiler.legality import check_legal
 from onnxslim_llm.compiler.nonfinite import NonFinite, nonfinite_weights
-from onnxslim_llm.compiler.observation import make_gradient_source, make_observer, make_tuner
+from onnxslim_llm.compiler.observation import make_gradient_source, make_observer, make_replayer, make_tuner
 from onnxslim_llm.compiler.product_timer import RuntimeTimer
 from onnxslim_llm.compiler.progress import Progress
 from onnxslim_llm.compiler.text_tokens import TextTokens
@@ -125,6 +125,7 @@ class Job:
             observer=make_observer(graph.calibrator),
             gradients=make_gradient_source(graph.calibrator),
             tuner=make_tuner(graph.calibrator),
+            replayer=make_replayer(first.calibrator),
             timer=self._timer,
             shared_ranges=shared,
             tokens=TextTokens(first.calibrator),

@@ -16,6 +16,7 @@ from onnxslim_llm.gradients.scorer import GradientScorer
 from onnxslim_llm.gradients.tuner import LogitTuner
 from onnxslim_llm.stats.calibration import Calibration, Feeds, TensorCalibration, TokenCalibration
 from onnxslim_llm.stats.observe import GraphObserver, Observer
+from onnxslim_llm.stats.replay import Replayer, SourceReplayer
 
 if TYPE_CHECKING:
     from onnxslim_llm.gradients.source import GradientSource
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from onnxslim_llm.rewrite.passes import Pass
     from onnxslim_llm.runtime.session import Session
 
-__all__ = ["SampleSource", "make_gradient_source", "make_observer", "make_tuner", "text_of_steps"]
+__all__ = ["SampleSource", "make_gradient_source", "make_observer", "make_replayer", "make_tuner", "text_of_steps"]
 
 #: Without data what is no decoder gets so many samples of random inputs, of so many elements a dimension.
 _MADE_UP_SAMPLES = 16
@@ -60,6 +61,19 @@ def make_tuner(calibrator: Calibrator) -> CodeTuner | None:
         SampleSource(calibrator, "tune codes").data,
         threads=calibrator.threads,
         progress=lambda done, total, text: calibrator.progress.advance(done, f"{text} (of {total} steps)"),
+    )
+
+
+def make_replayer(calibrator: Calibrator) -> Replayer | None:
+    """Return what passes code weights in order with; None where there are no calibration data."""
+    if calibrator.data is None:
+        return None
+    return SourceReplayer(
+        calibrator.source,
+        SampleSource(calibrator, "recode in order").data,
+        calibrator.folder / "replay",
+        threads=calibrator.threads,
+        progress=lambda done, total: calibrator.progress.advance(done, f"{done} of {total}"),
     )
 
 

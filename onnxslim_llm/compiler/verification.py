@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from onnxslim_llm.artifact.manifest import Gate as GateEntry
 from onnxslim_llm.artifact.manifest import LayerError, Quality, Verify
 from onnxslim_llm.compiler.calibration import Calibrator
-from onnxslim_llm.compiler.observation import make_gradient_source, make_observer, make_tuner
+from onnxslim_llm.compiler.observation import make_gradient_source, make_observer, make_replayer, make_tuner
 from onnxslim_llm.compiler.progress import Progress
 from onnxslim_llm.compiler.text_tokens import TextTokens
 from onnxslim_llm.errors import ModelError, SlimError, UsageError
@@ -173,6 +173,7 @@ class Judge:
                 observer=make_observer(self._calibrator),
                 gradients=make_gradient_source(self._calibrator),
                 tuner=make_tuner(self._calibrator),
+                replayer=make_replayer(self._calibrator),
                 tokens=TextTokens(self._calibrator),
             )
             Pipeline(first).run(model, context)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from onnxslim_llm.gradients.tuning import CodeTuner
     from onnxslim_llm.rewrite.passes import Pass
     from onnxslim_llm.stats.observe import Observer
+    from onnxslim_llm.stats.replay import Replayer
     from onnxslim_llm.stats.shared_ranges import SharedRanges
     from onnxslim_llm.stats.statistics import Statistics
     from onnxslim_llm.stats.token_source import TokenSource
@@ -41,6 +42,7 @@ class Context:
         gradients: Computes figures of gradients of the graph as it is, in torch; None where there is no source model.
         tuner: Tunes coded weights by the answers of the source model, in torch; None where there are no data.
         timer: Times products in the target's runtime; None where nothing is compiled.
+        replayer: Runs the source beside itself with coded weights; None where there are no data.
         tokens: Knows which tokens the user's data have; None where there is no source model.
         notes: One-line remarks for the user; passes append to it.
     """
@@ -55,6 +57,7 @@ class Context:
     gradients: GradientSource | None = None
     tuner: CodeTuner | None = None
     timer: ProductTimer | None = None
+    replayer: Replayer | None = None
     tokens: TokenSource | None = None
     notes: list[str] = field(default_factory=list)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +13,21 @@ from numpy.typing import NDArray
 
 from onnxslim_llm.errors import ModelError
 from onnxslim_llm.runtime.session import Session, open_session
-from onnxslim_llm.stats.calibration import Calibration, Feeds
+from onnxslim_llm.stats.calibration import Calibration
+from onnxslim_llm.stats.carry import Carry
 from onnxslim_llm.stats.moments import Moments
 from onnxslim_llm.stats.segments import Segment, extract, plan_segments
 from onnxslim_llm.stats.statistics import Statistics
 from onnxslim_llm.stats.taps import Tap, find_taps
 
-__all__ = ["GRAM_LIMIT", "Progress", "collect"]
+__all__ = ["GRAM_LIMIT", "HELD_OUT_OF", "Progress", "collect"]
 
 Progress = Callable[[int, int], None]
 
 #: Bytes of H matrices held at a time.
 GRAM_LIMIT = 512 << 20
 #: One sample of so many is held out of what weights are fitted to.
-_HELD_OUT_OF = 5
+HELD_OUT_OF = 5
 #: Part of the key: raise it when the same model and data give other numbers.
 _VERSION = 1
 
@@ -69,7 +69,7 @@ def collect(
     proto = onnx.load(model, load_external_data=False)
     taps = find_taps(proto.graph)
     segments = [] if all(map(statistics.has, taps)) else plan_segments(proto.graph, taps, limit)
-    carry = _Carry(folder / "carried", len(data))
+    carry = Carry(folder / "carried", len(data))
     run = _Run(proto, model, data, statistics, carry, threads, progress or _silent, len(segments))
     for number, segment in enumerate(segments):
         run.segment(number, segment)
@@ -82,41 +82,12 @@ def _silent(done: int, total: int) -> None:
 
 
 @dataclass
-class _Carry:
-    """Tensors between two segments, a file for each sample."""
-
-    folder: Path
-    samples: int
-
-    def store(self, segment: int, sample: int, tensors: Feeds) -> None:
-        place = self.folder / str(segment)
-        place.mkdir(parents=True, exist_ok=True)
-        with (place / f"{sample}.npz").open("wb") as file:
-            np.savez(file, **{f"t{i}": array for i, array in enumerate(tensors.values())})  # type: ignore[arg-type]
-
-    def load(self, segment: int, sample: int, names: tuple[str, ...]) -> Feeds:
-        if not names:
-            return {}
-        with np.load(self.folder / str(segment) / f"{sample}.npz") as stored:
-            return {name: stored[f"t{i}"] for i, name in enumerate(names)}
-
-    def complete(self, segment: int) -> bool:
-        return all((self.folder / str(segment) / f"{i}.npz").is_file() for i in range(self.samples))
-
-    def drop(self, segment: int) -> None:
-        shutil.rmtree(self.folder / str(segment), ignore_errors=True)
-
-    def clear(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-@dataclass
 class _Run:
     proto: onnx.ModelProto
     path: Path
     data: Calibration
     statistics: Statistics
-    carry: _Carry
+    carry: Carry
     threads: int
     progress: Progress
     segments: int
@@ -138,7 +109,7 @@ class _Run:
                 session = open_session(part, threads=self.threads, base_dir=self.path.parent)
             if session is not None:
                 available |= session.run({info.name: available[info.name] for info in session.inputs})
-            for tensor, sums in (held if sample % _HELD_OUT_OF == 1 else fit).items():
+            for tensor, sums in (held if sample % HELD_OUT_OF == 1 else fit).items():
                 _add(sums, tensor, available[tensor])
             if segment.carried_out:
                 self.carry.store(number, sample, {name: available[name] for name in segment.carried_out})

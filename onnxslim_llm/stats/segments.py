@@ -33,7 +33,9 @@ class Segment:
     carried_out: tuple[str, ...]
 
 
-def plan_segments(graph: onnx.GraphProto, taps: Sequence[Tap], limit: int) -> list[Segment]:
+def plan_segments(
+    graph: onnx.GraphProto, taps: Sequence[Tap], limit: int, *, before_readers: bool = False
+) -> list[Segment]:
     """Cut `graph` so that the H matrices of one segment take at most `limit` bytes (a single one may take more).
 
     Between two groups of taps the cut goes where the fewest tensors cross it: in a transformer on the residual stream.
@@ -42,6 +44,7 @@ def plan_segments(graph: onnx.GraphProto, taps: Sequence[Tap], limit: int) -> li
         graph: Nodes in topological order.
         taps: What `find_taps` returned.
         limit: Bytes.
+        before_readers: Cut before anything reads the taps of a segment, rather than where the fewest tensors cross.
     """
     made = {name: i for i, node in enumerate(graph.node) for name in node.output}
     ordered = sorted(taps, key=lambda tap: made.get(tap.tensor, -1))
@@ -59,6 +62,8 @@ def plan_segments(graph: onnx.GraphProto, taps: Sequence[Tap], limit: int) -> li
     for group, after in itertools.pairwise(groups):
         low = made.get(group[-1].tensor, -1) + 1
         high = max(low, made.get(after[0].tensor, -1))
+        if before_readers:
+            high = max(low, min(high, *(tap.position for tap in group)))
         cuts.append(min(range(low, high + 1), key=lambda p: (len(crossing[p]), -p)))
     last = max((made.get(tap.tensor, -1) for tap in ordered), default=-1) + 1
     bounds = [*cuts, max(last, cuts[-1])]

@@ -6,15 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
-from onnxslim_llm.concepts.block_weights import BLOCK_GATHER, BLOCK_MATMUL, job_of
 from onnxslim_llm.errors import UsageError
 from onnxslim_llm.gradients.tuning import Tunable, TuningPlan
-from onnxslim_llm.ir.walk import with_subgraphs
 from onnxslim_llm.ir.weights.jobs import derive
-from onnxslim_llm.passes.quantize.codes.calibrated_job import CalibratedJob, PlaneJob
-from onnxslim_llm.passes.quantize.codes.job import QuantizeJob
+from onnxslim_llm.passes.quantize.codes.coded_sites import CodedSite, coded_sites, is_plane
 from onnxslim_llm.passes.quantize.codes.tuned_job import TunedJob, codes_of
 from onnxslim_llm.rewrite.passes import Change, Pass
 from onnxslim_llm.rewrite.stage import Stage
@@ -27,14 +23,6 @@ __all__ = ["TuneCodes", "tunables"]
 
 #: Finer codes are right as they are: only their scales are tuned.
 _COARSE_BITS = 4
-
-
-@dataclass(frozen=True)
-class _Site:
-    """A coded weight and what holds it in the graph: codes, scales and perhaps zero points."""
-
-    job: QuantizeJob
-    constants: tuple[gs.Constant, ...]
 
 
 @dataclass(frozen=True)
@@ -110,7 +98,7 @@ class TuneCodes(Pass):
             ModelError: The model writes no text, or an operator on the way has no gradient.
         """
         change = Change()
-        sites = _sites(model, change)
+        sites = coded_sites(model, change)
         elements = sum(site.job.rows * site.job.columns for site in sites)
         if elements > self.max_parameters:
             reason = f"{elements} coded weights, more than max_parameters = {self.max_parameters}"
@@ -149,36 +137,12 @@ def tunables(model: Model, change: Change) -> list[Tunable]:
     Raises:
         ModelError: A weight holds NaN or infinite values.
     """
-    return [_tunable(site) for site in _sites(model, change)]
+    return [_tunable(site) for site in coded_sites(model, change)]
 
 
-def _sites(model: Model, change: Change) -> list[_Site]:
-    """Return the coded weights that may change, in the order of their products."""
-    found: dict[int, _Site] = {}
-    calls, *inner = ([node for node in graph.nodes if _is_call(node)] for graph in with_subgraphs(model.graph))
-    elsewhere = {job.identity for nodes in inner for node in nodes if (job := job_of(node)) is not None}
-    for node in calls:
-        job = job_of(node)
-        where = node.name or node.outputs[0].name
-        if type(job) not in (QuantizeJob, CalibratedJob, PlaneJob):
-            change.skip(where, "its codes are no recorded work of one weight")
-            continue
-        assert isinstance(job, QuantizeJob)
-        if job.identity in elsewhere:
-            change.skip(where, "products in a branch read its weight")
-        elif id(node.inputs[1]) not in found:
-            constants = tuple(t for t in node.inputs[1:] if isinstance(t, gs.Constant))
-            found[id(node.inputs[1])] = _Site(job, constants)
-    return list(found.values())
-
-
-def _is_call(node: gs.Node) -> bool:
-    return BLOCK_MATMUL.is_call(node) or BLOCK_GATHER.is_call(node)
-
-
-def _tunable(site: _Site) -> Tunable:
+def _tunable(site: CodedSite) -> Tunable:
     job, floats = site.job, None
-    if job.scheme.bits <= _COARSE_BITS and not isinstance(job, PlaneJob):
+    if job.scheme.bits <= _COARSE_BITS and not is_plane(job):
         source = job.inputs[0].view()
         floats = np.asarray(source if job.k_axis == 0 else source.T, np.float32)
     return Tunable(

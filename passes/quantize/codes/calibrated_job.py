@@ -46,6 +46,12 @@ class CodedJob(QuantizeJob):
     def _tile_columns(self) -> int:
         return _TILE_COLUMNS
 
+    def choose(self, piece: Array) -> tuple[Coded, Array | None]:
+        """Return codes for columns W[K, n], and their errors in the output where those are known."""
+        if self.moments is None:
+            return nearest_codes(piece, self.chosen_scheme), None
+        return best_codes(piece, self.chosen_scheme, knowledge_of(self.moments, self.ridge))
+
     def _kept(self, coded: Coded) -> Coded:
         """Return the part of the codes that this job stores."""
         return coded
@@ -61,11 +67,10 @@ class CodedJob(QuantizeJob):
             stats["first_nonfinite"] = self._first_nonfinite(piece, tile)
             piece[bad] = 0
         block = self.chosen_scheme.block_rows(self.rows)
-        if self.moments is None:
-            best = nearest_codes(piece, self.chosen_scheme)
-        else:
+        best, errors = self.choose(piece)
+        if errors is not None:
+            assert self.moments is not None
             known = knowledge_of(self.moments, self.ridge)
-            best, errors = best_codes(piece, self.chosen_scheme, known)
             stats |= {
                 "output_error": float(errors.sum()),
                 "output_signal": float(output_error(piece, known.held).sum()),
