@@ -263,6 +263,7 @@ class Staging:
     def _forget_failure(self) -> None:
         with suppress(OSError):
             self._failed.unlink(missing_ok=True)
+            self._failed.with_suffix(".log").unlink(missing_ok=True)
 
     def _leave(self) -> None:
         with suppress(OSError):

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import onnx
+
 from onnxslim_llm.bounded import Outcome, run_bounded
 from onnxslim_llm.errors import UsageError, did_you_mean
 from onnxslim_llm.targets.base import Finished, Target, VendorError, Violation
@@ -40,6 +42,16 @@ _DEFAULTS = {
     "htp_graph_finalization_optimization_mode": "3",
     "htp_performance_mode": "burst",
 }
+#: What the plug-in takes; of anything else it warns in its log and goes on with a default.
+_CHOICES = {
+    "htp_arch": ("0", "68", "69", "73", "75", "79", "81"),
+    "htp_graph_finalization_optimization_mode": ("0", "1", "2", "3"),
+    "htp_performance_mode": (
+        *("default", "burst", "balanced", "low_balanced", "high_performance", "sustained_high_performance"),
+        *("power_saver", "low_power_saver", "high_power_saver", "extreme_power_saver"),
+    ),
+}
+_SOC = re.compile(r"\d+|[A-Z]+\d+\w*")
 #: Options that are ours, not the plug-in's.
 _OWN = ("seconds", "share_weights")
 _FELL_BACK = "assigned to the default CPU EP"
@@ -74,9 +86,17 @@ class QnnHtpTarget(Target):
                 what = f"target '{self.name}' has no option '{name}'"
                 raise UsageError(what, where="--target-option", todo=did_you_mean(name, known))
             if name == "seconds" and not (value.isdecimal() and int(value)):
-                raise UsageError(f"'{value}' is no number of seconds", where="--target-option seconds")
+                todo = "give a whole number above 0"
+                raise UsageError(f"'{value}' is no number of seconds", where="--target-option seconds", todo=todo)
+            if value not in _CHOICES.get(name, (value,)):
+                todo = f"choose one of {', '.join(_CHOICES[name])}"
+                raise UsageError(f"Qualcomm's plug-in knows no {name} '{value}'", where="--target-option", todo=todo)
+            if name == "soc_model" and not _SOC.fullmatch(value):
+                todo = "give its number, such as 69, or its name, such as SM8750; 0 is none"
+                raise UsageError(f"'{value}' is no chip", where="--target-option soc_model", todo=todo)
             if name == "share_weights" and value not in ("0", "1"):
-                raise UsageError(f"'{value}' is neither 0 nor 1", where="--target-option share_weights")
+                todo = "1 also writes one binary for both graphs of a pair"
+                raise UsageError(f"'{value}' is neither 0 nor 1", where="--target-option share_weights", todo=todo)
         chosen = {k: v for k, v in options.items() if k not in _OWN}
         return replace(
             self,
@@ -171,10 +191,13 @@ class QnnHtpTarget(Target):
         refused: list[str] = []
         if _FELL_BACK in outcome.log or _INVALID.search(outcome.log):
             outcome = self._compile(artifact, context, threads, "everything")  # it gives reasons only then
-            refused = refused_nodes(outcome.log)
+            refused = refused_nodes(outcome.log, _unnamed(artifact))
         if refused:
             what = f"{len(refused)} node(s) would run on the CPU: {'; '.join(refused[:_SHOWN])}"
-            todo = "`onnxslim-llm targets --target qnn-htp --lint-only MODEL` names the nearest legal forms"
+            todo = (
+                "write it with other operators, or compute it outside of the model (cut the graph there); "
+                "`onnxslim-llm targets qnn-htp --lint-only MODEL` names the nearest form where one is known"
+            )
             return self._error(what, todo, outcome)
         return self._ended(outcome)
 
@@ -198,8 +221,19 @@ def _context_of(artifact: Path) -> Path:
     return artifact.with_name(f"{artifact.stem}_ctx.onnx")
 
 
-def refused_nodes(log: str) -> list[str]:
-    """Return the nodes that the provider did not take, with its reasons, from its log."""
+def _unnamed(artifact: Path) -> dict[str, str]:
+    """Return the first result of nodes without a name, by operator: the log calls them by their operator only."""
+    nodes = onnx.load(artifact, load_external_data=False).graph.node
+    return {node.op_type: node.output[0] for node in reversed(nodes) if not node.name and node.output}
+
+
+def refused_nodes(log: str, unnamed: Mapping[str, str] | None = None) -> list[str]:
+    """Return the nodes that the provider did not take, with its reasons, from its log.
+
+    Args:
+        log: All that it printed.
+        unnamed: What nodes without a name are called, by operator.
+    """
     reasons: dict[str, str] = {}
     for found in _REASON.finditer(log):
         reasons.setdefault(found["op"], found["reason"].strip())
@@ -207,12 +241,14 @@ def refused_nodes(log: str) -> list[str]:
         found["name"]: f"its types or shapes are not supported, error {found['code']}"
         for found in _INVALID.finditer(log)
     }
-    nodes: dict[str, str] = {}
+    nodes: dict[tuple[str, str], str] = {}
     for line in log.splitlines():
         if "Unsupported nodes in QNN EP" in line:
             for found in _UNSUPPORTED.finditer(line):
                 why = codes.get(found["name"]) or reasons.get(found["op"], "")
-                nodes.setdefault(found["name"], f"{found['op']} '{found['name']}'" + (f" ({why})" if why else ""))
+                label = found["name"] or (unnamed or {}).get(found["op"], "")
+                text = f"{found['op']} '{label}'" + (f" ({why})" if why else "")
+                nodes.setdefault((found["op"], found["name"]), text)
     return list(nodes.values())
 
 

@@ -53,13 +53,15 @@ def _fit(arrays: Mapping[str, Array], inputs: Sequence[TensorInfo], file: Path) 
         array = arrays[info.name]
         if info.dtype is not None and array.dtype != info.dtype:
             if info.dtype.kind != array.dtype.kind:
-                raise UsageError(f"input '{info.name}' is {info.kind}, the file has {array.dtype}", where=str(file))
+                what = f"input '{info.name}' is {info.kind}, the file has {array.dtype}"
+                raise UsageError(what, where=str(file), todo="convert the array with .astype() before it is written")
             array = array.astype(info.dtype)
         wanted = info.shape or ()
         same_rank = len(wanted) == array.ndim or not wanted  # ONNX Runtime tells an unknown rank as a scalar
         if not same_rank or any(isinstance(d, int) and d != n for d, n in zip(wanted, array.shape, strict=False)):
+            what = f"input '{info.name}' has the shape {list(wanted)}, the file {list(array.shape)}"
             raise UsageError(
-                f"input '{info.name}' has the shape {list(wanted)}, the file {list(array.shape)}", where=str(file)
+                what, where=str(file), todo="write arrays of the model's sizes; --shape fixes symbolic ones"
             )
         fitted[info.name] = array
     return fitted

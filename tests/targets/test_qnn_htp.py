@@ -133,6 +133,11 @@ def test_options() -> None:
         QNN_HTP.with_options({"arch": "73"})
     with pytest.raises(UsageError, match="no number of seconds"):
         QNN_HTP.with_options({"seconds": "soon"})
+    with pytest.raises(UsageError, match="knows no htp_arch '999'") as caught:
+        QNN_HTP.with_options({"htp_arch": "999"})
+    assert "81" in caught.value.todo
+    with pytest.raises(UsageError, match="'chip' is no chip"):
+        QNN_HTP.with_options({"soc_model": "chip"})
     with pytest.raises(UsageError, match="no option 'htp_arch'"):
         get_target("portable").with_options({"htp_arch": "73"})
 
@@ -205,11 +210,14 @@ def test_reasons_are_read_from_the_log() -> None:
     log = (
         "Validation FAILED for 3 nodes in OrtNodeUnit (Erf) :\n\tREASON : Operators of type `Erf` are not supported\n"
         "QNN.backendValidateOpConfig() failed for node `n2` of type `RmsNorm` with error code 3110\n"
-        "Unsupported nodes in QNN EP: { name: n1, type: Erf }{ name: n2, type: RMSNormalization }\n"
+        "Unsupported nodes in QNN EP: { name: n1, type: Erf }{ name: n2, type: RMSNormalization }"
+        "{ name: , type: Det }{ name: , type: Trilu }\n"
     )
-    assert refused_nodes(log) == [
+    assert refused_nodes(log, {"Det": "y"}) == [
         "Erf 'n1' (Operators of type `Erf` are not supported)",
         "RMSNormalization 'n2' (its types or shapes are not supported, error 3110)",
+        "Det 'y'",
+        "Trilu ''",
     ]
 
 
@@ -262,9 +270,12 @@ def test_nodes_for_the_cpu_fail_the_compile(tmp_path: Path) -> None:
     with pytest.raises(VendorError) as caught:
         osl.compile(source, tmp_path / "out", target="qnn-htp", recipe="w8a16", calib=data, force=True)
     assert caught.value.exit_code == 4
-    assert "Atanh" in caught.value.what
+    assert "Atanh 'e'" in caught.value.what
+    assert "outside of the model" in caught.value.todo
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.failed.log").stat().st_size > 0
+    osl.compile(source, tmp_path / "out", target="portable", recipe="safe")
+    assert not (tmp_path / "out.failed.log").exists()
 
 
 @pytest.mark.runtimes
