@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "models" / "stdlib-llama"
-RECIPES = ("safe", "w8a8", "w8a8-dynamic", "int8", "int4")
+RECIPES = ("safe", "w8a8", "w8a8-dynamic", "int8", "int4-fast")
 TOKENS = {"sample": 256, "minilm": 128}
 Feeds = Mapping[str, NDArray[Any]]
 

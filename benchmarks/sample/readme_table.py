@@ -31,6 +31,7 @@ ARTIFACTS = (
     ("int4", "portable"),
     ("int4", "ort-cpu"),
     ("int4", "ort-cpu-ops"),
+    ("int4-fast", "ort-cpu-ops"),
     ("int4-calibrated", "ort-cpu-ops"),
 )
 FEATURES = ("avx2", "avx512_vnni", "amx_int8")

@@ -45,5 +45,6 @@ def too_much_work(model: onnx.ModelProto, tokens: int) -> str:
         return ""
     return (
         f"{work:.1e} multiplications would be needed to learn what matters in this model, more than the "
-        f"{MOST_WORK:.0e} that a compile spends unasked; --calib FILE, --calib self or --recipe int4-probed spend them"
+        f"{MOST_WORK:.0e} that a compile spends unasked; --calib FILE or --calib self asks for it, and so does "
+        "--recipe int4-probed instead of int4"
     )
