@@ -80,7 +80,7 @@ def _compile(model: Path, out: Path, args: argparse.Namespace, settings: dict[st
         recipe="int4-fast" if args.random else "int4-calibrated",
         settings=assigned,
         calib=None if args.random else SAMPLE / "calib.txt",
-        statistics=args.work / "statistics",
+        statistics=args.statistics or args.work / "statistics",
         jobs=args.threads,
         verify="off",
         force=True,
@@ -180,6 +180,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.6, 0.75, 0.9], help="of the best forms' time")
     parser.add_argument("--bits", type=float, nargs="*", default=[3.5, 4.0, 4.25, 4.5, 5.0, 6.0, 7.0, 8.1])
     parser.add_argument("--widths", type=int, nargs="*", help="default: all of the target")
+    parser.add_argument("--statistics", type=Path, help="a folder that keeps calibration statistics")
     parser.add_argument("--random", action="store_true", help="a random decoder with the layers of TinyLlama 1.1B")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=4096, help="of the text that KL is measured on")
