@@ -7,6 +7,7 @@ import json
 import os
 import tomllib
 from collections.abc import Iterable
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from onnxslim_llm.errors import UsageError, did_you_mean
 from onnxslim_llm.rewrite.passes import Pass
-from onnxslim_llm.rewrite.registry import make_pass
+from onnxslim_llm.rewrite.registry import all_passes, make_pass
 from onnxslim_llm.rewrite.syntax import format_step, format_value, parse_value
 
 __all__ = ["Recipe", "Step", "preset_names"]
@@ -122,13 +123,24 @@ class Recipe(BaseModel):
                 raise UsageError(f"'{setting}' is not of the form PASS.OPTION=VALUE", where="--set")
             named = [s for s in steps if s["name"] == name]
             if not named:
-                hint = did_you_mean(name, {s["name"] for s in steps})
-                raise UsageError(f"recipe '{self.name}' has no pass '{name}'", where="--set", todo=hint)
+                raise self._lacks(name)
             for step in named:
                 step[option.strip()] = parse_value(value)
         changed = self.model_copy(update={"passes": tuple(Step.model_validate(s) for s in steps)})
         changed.build()
         return changed
+
+    def _lacks(self, name: str) -> UsageError:
+        """The error of a setting whose pass is mistyped, or is one of other recipes."""
+        own = {step.name for step in self.passes}
+        known = all_passes()
+        if name in known:
+            others = [preset for preset in preset_names() if name in {s.name for s in Recipe.load(preset).passes}]
+            choose = f"choose --recipe {' or '.join(others)}, or " if others else ""
+            todo = f'{choose}add the pass in a .toml file that starts with extends = "{self.name}"'
+        else:
+            todo = did_you_mean(name, own if get_close_matches(name, own) else {*own, *known})
+        return UsageError(f"recipe '{self.name}' has no pass '{name}'", where="--set", todo=todo)
 
     def with_fusions(self, names: Iterable[str]) -> Self:
         """Return a copy with further passes behind those that clean up and fuse, before weights are changed.
@@ -172,8 +184,15 @@ def _read(name_or_path: str) -> tuple[str, str]:
     if path.suffix == ".toml":
         try:
             return path.read_text(encoding="utf-8"), path.stem
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"the recipe cannot be read: {error}", where=name_or_path) from error
+        except FileNotFoundError as error:
+            todo = "check the path; presets are named without .toml"
+            raise UsageError("there is no such recipe file", where=name_or_path, todo=todo) from error
+        except OSError as error:
+            raise UsageError(f"the recipe cannot be read: {error.strerror}", where=name_or_path) from error
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                "the recipe is not UTF-8", where=name_or_path, todo="save it as a UTF-8 text file"
+            ) from error
     if name_or_path not in preset_names():
         hint = did_you_mean(name_or_path, preset_names())
         raise UsageError(

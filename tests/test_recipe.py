@@ -65,6 +65,28 @@ def test_a_wrong_setting_is_refused(setting: str, said: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("setting", "hint"),
+    [
+        ("cleanupp.rounds=1", "did you mean 'cleanup'"),
+        ("quantize_weight.bits=4", "did you mean 'quantize_weights'"),
+        ("prune_weights.sparsity=0.5", "choose --recipe sparse, or add the pass in a .toml file that starts with"),
+        ("remove_blocks.count=1", 'add the pass in a .toml file that starts with extends = "safe"'),
+    ],
+)
+def test_a_setting_of_a_pass_that_the_recipe_lacks(setting: str, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Recipe.load("safe").with_settings([setting])
+    assert "'safe' has no pass" in caught.value.what
+    assert caught.value.todo.startswith(hint)
+
+
+def test_a_recipe_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is no such recipe file") as caught:
+        Recipe.load(tmp_path / "missing.toml")
+    assert "check the path" in caught.value.todo
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("passes = [", "not valid TOML"),

@@ -47,9 +47,9 @@ def command(
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     path = resolve_model_path(model_dir)
+    runner = open_decoder(path, threads=threads)  # first: what is no decoder needs no tokenizer
     words = load_tokenizer(tokenizer or path)
     text: str = sys.stdin.read() if prompt == "-" else prompt
-    runner = open_decoder(path, threads=threads)
     ids = words.encode(text)
     start = time.perf_counter()
     made: list[int] = []

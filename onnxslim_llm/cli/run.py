@@ -46,7 +46,7 @@ def _failed(error: BaseException, arguments: Sequence[str], verbose: bool) -> in
         _tell("interrupted", "", "the same command with --resume goes on where it stopped" if resumable else "")
         return INTERRUPTED
     if isinstance(error, click.ClickException):
-        _tell(*_usage(error))
+        _tell(*_usage(error, arguments))
         return _USAGE
     if verbose:
         traceback.print_exception(error)
@@ -89,9 +89,12 @@ def _place(tb: TracebackType | None) -> str:
     return running + place
 
 
-def _usage(error: click.ClickException) -> tuple[str, str, str]:
+def _usage(error: click.ClickException, arguments: Sequence[str]) -> tuple[str, str, str]:
+    from onnxslim_llm.cli.app import VERBS
+
     context = getattr(error, "ctx", None)
-    where = context.command_path if context else PROGRAM
+    # An option without its argument is told without a context.
+    where = context.command_path if context else " ".join([PROGRAM, *(a for a in arguments[:1] if a in VERBS)])
     hints = getattr(error, "possibilities", None)
     # With hints format_message() would tell them in the same line.
     what = (error.message if hints else error.format_message()).rstrip(".")

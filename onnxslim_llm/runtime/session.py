@@ -20,6 +20,7 @@ import onnx
 
 from onnxslim_llm.custom_ops import ops
 from onnxslim_llm.errors import ModelError, ResourceError, SlimError, UsageError
+from onnxslim_llm.runtime.containers import CONTAINERS, flat_values
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -110,21 +111,27 @@ class Session:
         self.where = where
         self.inputs = tuple(_from_node_arg(arg) for arg in inference.get_inputs())
         self.outputs = tuple(_from_node_arg(arg) for arg in inference.get_outputs())
+        self._containers = frozenset(info.name for info in self.outputs if info.kind.startswith(CONTAINERS))
         self._dtypes = {info.name: info.dtype for info in (*self.inputs, *self.outputs)}
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run once; returns arrays by output name (all outputs by default).
 
+        Of an output that is a sequence or a map, such as the probabilities that scikit-learn's converters give, the
+        values come as one vector.
+
         Raises:
             ModelError: ONNX Runtime refused the inputs or a node failed; the node is named.
             ResourceError: memory ran out.
         """
-        if any(array.dtype.kind in "OUS" for array in feeds.values()):  # OrtValues hold no strings from numpy
-            names = [info.name for info in self.outputs] if outputs is None else list(outputs)
+        names = [info.name for info in self.outputs] if outputs is None else list(outputs)
+        strings = any(array.dtype.kind in "OUS" for array in feeds.values())  # OrtValues hold none from numpy
+        if strings or not self._containers.isdisjoint(names):
             with _ort_errors(self.where, "run"):
-                return dict(zip(names, self.inference.run(names, dict(feeds)), strict=True))
-        values = self.run_values({name: self.value(array) for name, array in feeds.items()}, outputs)
-        return {name: self.array(value) for name, value in values.items()}
+                values = self.inference.run(names, dict(feeds))
+            return {name: flat_values(value) for name, value in zip(names, values, strict=True)}
+        tensors = self.run_values({name: self.value(array) for name, array in feeds.items()}, outputs)
+        return {name: self.array(tensor) for name, tensor in tensors.items()}
 
     def run_values(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
         """As `run`, on OrtValues: no copies, and types that numpy lacks (a bfloat16 cache) pass through."""

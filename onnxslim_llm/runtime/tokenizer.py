@@ -74,9 +74,11 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     file = path if path.suffix == ".json" else folder / "tokenizer.json"
-    if not file.is_file():
+    if not (path.exists() and file.is_file()):  # a mistyped path is not its parent folder
         raise UsageError(
-            "no tokenizer found", where=str(file), todo="name a tokenizer.json or its folder with --tokenizer"
+            "no tokenizer found",
+            where=str(file if path.exists() else path),
+            todo="put the model's tokenizer.json there; `eval` and `generate` also take --tokenizer",
         )
     try:
         from tokenizers import Tokenizer

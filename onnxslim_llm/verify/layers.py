@@ -85,7 +85,11 @@ def compare_layers(
     ]
     compared = _comparable(sessions, shared)
     if not compared:
-        raise ModelError("the models share no floating-point tensor", where=f"{first} and {second}")
+        raise ModelError(
+            "the models share no floating-point tensor",
+            where=f"{first} and {second}",
+            todo="`onnxslim-llm diff --no-run` compares operators and bytes only",
+        )
     outputs = []
     for done, session in enumerate(sessions):
         outputs.append(session.run_values(_feeds(session, plan.cases[0]), compared))

@@ -89,6 +89,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             "no such option",
             "did you mean '--target' or '--set' or",
         ),
+        (["bench", "m.onnx", "--vs"], "option '--vs' requires an argument", "onnxslim-llm bench --help"),
         (["compile"], "missing argument 'MODEL'", "onnxslim-llm compile --help lists what there is"),
         (["compile", "m.onnx", "--jobs", "0"], "invalid value for '--jobs': 0 is not in the range x>=1", None),
         (

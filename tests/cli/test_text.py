@@ -7,6 +7,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
+import onnx.parser
 import pytest
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -50,6 +52,15 @@ def test_generate_refuses_nonsense(cli: Run, sample_dir: Path, arguments: list[o
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_generate_with_a_model_that_is_no_decoder(cli: Run, tmp_path: Path) -> None:
+    """The model is what is wrong, not that it has no tokenizer."""
+    text = '<ir_version: 10, opset_import: ["" : 21]> g (float[n] x) => (float[n] y) { y = Neg(x) }'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "model.onnx")
+    done = cli("generate", "model.onnx", "--prompt", "x")
+    assert done.returncode == 3
+    assert "not a decoder" in done.stderr
 
 
 def test_eval_of_a_model_against_itself(cli: Run, sample_dir: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,11 +128,11 @@ def test_many_nodes(here: Cli, tmp_path: Path) -> None:
     out = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [4])
     graph = helper.make_graph(nodes, "g", [value], [out])
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), tmp_path / "model.onnx")
-    done = here("compile", "model.onnx", "-o", "build", "--recipe", "safe", "--verify", "off")
+    start = time.process_time()  # of this process alone: the machine may be busy
+    done = here("compile", "model.onnx", "-o", "build", "--recipe", "safe", "--verify", "off", "--jobs", "1")
     assert done.code == 0, done.err
-    manifest = whole(tmp_path / "build")
-    assert manifest["artifact"]["ops"]["Neg"] == 1  # one of them is enough
-    assert manifest["cost"]["seconds"] < 30
+    assert whole(tmp_path / "build")["artifact"]["ops"]["Neg"] == 1  # one of them is enough
+    assert time.process_time() - start < 30
 
 
 def test_a_tower_of_functions(cli: Cli, tmp_path: Path) -> None:

@@ -105,6 +105,12 @@ def test_none_there(tmp_path: Path) -> None:
     assert "--tokenizer" in caught.value.todo
 
 
+def test_a_mistyped_path_is_not_its_parent_folder(byte_level: Path) -> None:
+    with pytest.raises(UsageError, match="no tokenizer found") as caught:
+        load_tokenizer(byte_level / "typo")
+    assert caught.value.where == str(byte_level / "typo")
+
+
 def test_broken_file(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"no": "tokenizer"}')
     with pytest.raises(ModelError, match="not a tokenizer"):
