@@ -116,10 +116,10 @@ class QuantizeWeights(Pass):
         scale_dtype: Type that scales are stored in: "activation" is that of the activations; "float16" saves
             16 / block bits a weight, and the runtime converts them when it loads the model. Weights whose scales
             float16 cannot hold get the other.
-        accuracy: The least precision of products with the weights. "exact": activations stay float32; "bf16": they may be
-            rounded to bfloat16; "int8": to int8 in short blocks, which is fastest, and loses more than codes of 8 bits
-            do; "auto" leaves it to the target's lowering, which measures what int8 loses. Where the runtime decides when
-            it opens the model, as with `portable`, or has no such kernels, the manifest says so.
+        accuracy: The least precision of products with the weights. "exact": activations stay float32; "bf16": they may
+            be rounded to bfloat16; "int8": to int8 in short blocks, which is fastest, and loses more than codes of 8
+            bits do; "auto" leaves it to the target's lowering, which measures what int8 loses. Where the runtime
+            decides when it opens the model, as with `portable`, or has no such kernels, the manifest says so.
     """
 
     name: ClassVar[str] = "quantize_weights"
