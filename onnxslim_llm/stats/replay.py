@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -168,14 +169,15 @@ class SourceReplayer:
         run = _Run(proto, self.model.parent, data, carries, self.threads, added_to(proto.graph))
         changed = coder.begin(lambda name: numpy_helper.to_array(weights[name], str(self.model.parent)), tables)
         for number, segment in enumerate(segments):
-            found = run.segment(number, segment, changed, lambda done, at=number: self._tell(at, done, segments, data))
+            tell = partial(self._tell, number * len(data), len(segments) * len(data))
+            found = run.segment(number, segment, changed, tell)
             for tap in segment.taps:
                 changed |= coder.recode(tap, *found[tap.tensor])
             changed = {name: array for name, array in changed.items() if last[name] >= segment.stop}
 
-    def _tell(self, number: int, done: int, segments: list[Segment], data: Calibration) -> None:
+    def _tell(self, before: int, total: int, done: int) -> None:
         if self.progress is not None:
-            self.progress(number * len(data) + done, len(segments) * len(data))
+            self.progress(before + done, total)
 
 
 @dataclass

@@ -38,7 +38,7 @@ def added_to(graph: onnx.GraphProto) -> dict[str, str]:
 def _other(tensor: str, readers: dict[str, list[onnx.NodeProto]], made: set[str], results: set[str]) -> str | None:
     while len(readers[tensor]) == 1 and tensor not in results and readers[tensor][0].op_type == "Add":
         add = readers[tensor][0]
-        other = add.input[1] if add.input[0] == tensor else add.input[0]
+        other: str = add.input[1] if add.input[0] == tensor else add.input[0]
         if other == tensor:
             return None
         if other in made:
