@@ -7,15 +7,13 @@ and kills itself for good before the n-th; n runs from 0 until a child comes to 
 from __future__ import annotations
 
 import os
-import signal
-import sys
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
+from killed_child import killed_before
 
 from onnxslim_llm.artifact import staging as staging_module
 from onnxslim_llm.artifact.hashing import file_sha256
@@ -29,34 +27,6 @@ _OPERATIONS.add("ctypes.call_function")
 _LIMIT = 1000  # far more operations than a publication has
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-
-
-def killed_before(operation: int, action: Callable[[], None]) -> bool:
-    """Run `action` in a child that dies before its n-th file operation; whether it did die."""
-    child = os.fork()
-    if child == 0:  # in the child: no way but _exit leads back into pytest
-        seen = 0
-
-        def hook(event: str, _: tuple[object, ...]) -> None:
-            nonlocal seen
-            if event in _OPERATIONS:
-                if seen == operation:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                seen += 1
-
-        sys.addaudithook(hook)
-        try:
-            action()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return True
-    assert os.WEXITSTATUS(status) == 0
-    return False
 
 
 def whole_version(out: Path) -> int:
@@ -101,7 +71,7 @@ def test_the_old_or_the_new_artifact(
             compile_to(out, fill, 1)
         if before == "interrupted":
             interrupt(out, fill, 2)
-        died = killed_before(operation, partial(compile_to, out, fill, 2, resume=resume))
+        died = killed_before(operation, partial(compile_to, out, fill, 2, resume=resume), _OPERATIONS)
 
         if out.exists():
             seen.add(f"version {whole_version(out)}")

@@ -7,12 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
+from killed_child import killed_before
 
 from onnxslim_llm import compiler
 from onnxslim_llm.artifact.hashing import file_sha256
@@ -27,34 +26,6 @@ _DEADLINE = 60.0  # seconds to wait for a process to come to a certain point
 
 def compile_here(model: Path, out: Path, recipe: str, *, resume: bool) -> None:
     compiler.compile(model, out, recipe=recipe, verify="off", force=True, resume=resume, jobs=2)
-
-
-def killed_before(operation: int, action: Callable[[], None]) -> bool:
-    """Run `action` in a child that is killed for good before its n-th file operation; whether it was."""
-    child = os.fork()
-    if child == 0:  # no way but _exit leads back into pytest
-        seen = 0
-
-        def hook(event: str, _: tuple[object, ...]) -> None:
-            nonlocal seen
-            if event in _OPERATIONS:
-                if seen == operation:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                seen += 1
-
-        sys.addaudithook(hook)
-        try:
-            action()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return True
-    assert os.WEXITSTATUS(status) == 0
-    return False
 
 
 def whole_recipe(out: Path) -> str:
@@ -81,7 +52,7 @@ def test_killed_at_any_file_operation(decoder: Path, tmp_path: Path, resume: boo
     compile_here(decoder, expected, "int4-fast", resume=False)
     seen = set()
     for operation in range(0, _LIMIT, stride):
-        died = killed_before(operation, partial(compile_here, decoder, out, "int4-fast", resume=resume))
+        died = killed_before(operation, partial(compile_here, decoder, out, "int4-fast", resume=resume), _OPERATIONS)
         seen.add(whole_recipe(out))
         if not died:
             break
