@@ -331,10 +331,10 @@ def test_attributes_of_old_models_have_no_type(tmp_path):
 
 def test_a_model_file_of_more_than_2_gib(tmp_path):
     # protobuf cannot parse such files, we can: the tensor stays where it is. The file is sparse and takes no disk.
-    from onnxslim_llm.ir.proto.wire import _encode
+    from onnxslim_llm.ir.proto.wire import encode_varint
 
     def field(number: int, length: int) -> bytes:
-        return _encode(number << 3 | 2) + _encode(length)
+        return encode_varint(number << 3 | 2) + encode_varint(length)
 
     count = 3 << 28  # of float32: 3 GiB
     proto = linear(np.zeros(1, np.float32))

@@ -15,6 +15,8 @@ import onnx_graphsurgeon as gs
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from onnxslim_llm.ir.proto.wire import encode_varint
+
 __all__ = [
     "FunctionSkeleton",
     "GraphSkeleton",
@@ -56,26 +58,17 @@ def copy_without(message: M, drop: frozenset[str]) -> M:
 def _encode_unknown(fields: UnknownFieldSet) -> bytes:
     out = bytearray()
     for entry in fields:
-        out += _varint(entry.field_number << 3 | entry.wire_type)
+        out += encode_varint(entry.field_number << 3 | entry.wire_type)
         if entry.wire_type == _VARINT:
-            out += _varint(entry.data)
+            out += encode_varint(entry.data)
         elif entry.wire_type == _FIXED64:
             out += entry.data.to_bytes(8, "little")
         elif entry.wire_type == _FIXED32:
             out += entry.data.to_bytes(4, "little")
         elif entry.wire_type == _GROUP:
-            out += _encode_unknown(entry.data) + _varint(entry.field_number << 3 | _GROUP_END)
+            out += _encode_unknown(entry.data) + encode_varint(entry.field_number << 3 | _GROUP_END)
         else:
-            out += _varint(len(entry.data)) + entry.data
-    return bytes(out)
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
+            out += encode_varint(len(entry.data)) + entry.data
     return bytes(out)
 
 

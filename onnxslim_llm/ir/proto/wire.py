@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 
-__all__ = ["INLINE_BYTES", "PLACE", "WireError", "strip_raw_data"]
+__all__ = ["INLINE_BYTES", "PLACE", "WireError", "encode_varint", "strip_raw_data"]
 
 INLINE_BYTES = 4096
 """Raw data of at least this many bytes (one page) stays in the file."""
@@ -71,7 +71,7 @@ def _strip(data: memoryview, start: int, stop: int, kind: str, mark: bytes, dept
                 else:
                     short = _strip(data, position, end, child, mark, depth + 1)
                 if len(short) != length:
-                    pieces += [data[kept:head], _encode(tag), _encode(len(short)), short]
+                    pieces += [data[kept:head], encode_varint(tag), encode_varint(len(short)), short]
                     kept = end
             position = end
         else:
@@ -107,7 +107,8 @@ def _varint(data: memoryview, position: int, stop: int) -> tuple[int, int]:
     raise WireError(f"byte {position} starts no protobuf number")
 
 
-def _encode(value: int) -> bytes:
+def encode_varint(value: int) -> bytes:
+    """Return a number as protobuf writes it, seven bits a byte."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
