@@ -65,10 +65,7 @@ class _Args(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    loaded = native.load()
-    if loaded.library is None:
-        raise RuntimeError(loaded.reason)
-    library = loaded.library
+    library = native.opened()
     library.osl_packed_bytes.restype = ctypes.c_int64
     library.osl_packed_bytes.argtypes = (ctypes.POINTER(_Scheme),)
     for name in ("osl_pack_weight", "osl_unpack_weight", "osl_matmul"):

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from onnxslim_llm.custom_ops.layout import Layout, TileBuffers
 from onnxslim_llm.custom_ops.reference import Statistics
 
-__all__ = ["ISAS", "Loaded", "best_isa", "load", "quantize_into", "supported_isas"]
+__all__ = ["ISAS", "Loaded", "best_isa", "load", "opened", "quantize_into", "supported_isas"]
 
 ISAS = ("auto", "scalar", "avx2", "avx512")
 """Instruction sets by their number in the C interface; "auto" is the best of this machine or ONNXSLIM_LLM_ISA's."""
@@ -92,7 +92,12 @@ def load() -> Loaded:
     return Loaded(library)
 
 
-def _library() -> ctypes.CDLL:
+def opened() -> ctypes.CDLL:
+    """The library.
+
+    Raises:
+        RuntimeError: there is none.
+    """
     loaded = load()
     if loaded.library is None:
         raise RuntimeError(loaded.reason)
@@ -101,12 +106,12 @@ def _library() -> ctypes.CDLL:
 
 def supported_isas() -> tuple[str, ...]:
     """The instruction sets that this machine can run, slowest first."""
-    return tuple(name for number, name in enumerate(ISAS) if number and _library().osl_supports_isa(number))
+    return tuple(name for number, name in enumerate(ISAS) if number and opened().osl_supports_isa(number))
 
 
 def best_isa() -> str:
     """The instruction set that "auto" means here."""
-    return ISAS[_library().osl_best_isa()]
+    return ISAS[opened().osl_best_isa()]
 
 
 def quantize_into(
@@ -150,7 +155,7 @@ def quantize_into(
         isa=ISAS.index(isa),
     )
     stats = _Stats()
-    status = _library().osl_quantize_tile(ctypes.byref(args), ctypes.byref(stats))
+    status = opened().osl_quantize_tile(ctypes.byref(args), ctypes.byref(stats))
     if status == 2:
         raise MemoryError("no memory for quantizing a tile")
     if status:

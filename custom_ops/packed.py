@@ -17,7 +17,17 @@ import numpy.typing as npt
 
 from onnxslim_llm.custom_ops.packing import pack_bits, unpack_bits
 
-__all__ = ["HEADER_BYTES", "STRIP_COLUMNS", "PackedScheme", "header", "lossless_scale_dtype", "pack", "parse", "unpack"]
+__all__ = [
+    "HEADER_BYTES",
+    "STRIP_COLUMNS",
+    "PackedScheme",
+    "header",
+    "lossless_scale_dtype",
+    "pack",
+    "parse",
+    "scheme_of_header",
+    "unpack",
+]
 
 Array = npt.NDArray[Any]
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
@@ -268,9 +278,19 @@ def parse(packed: Array) -> PackedScheme:
         raise ValueError("these bytes are not a packed weight")
     if found["version"] != VERSION:
         raise ValueError(f"the packed weight has version {found['version']}, this library reads {VERSION}")
+    scheme = scheme_of_header(found)
+    if not np.array_equal(header(scheme), packed[:HEADER_BYTES]):
+        raise ValueError("the sizes in the header of the packed weight contradict each other")
+    if packed.size != scheme.size:
+        raise ValueError(f"the packed weight has {packed.size} bytes, its header says {scheme.size}")
+    return scheme
+
+
+def scheme_of_header(found: np.void) -> PackedScheme:
+    """The scheme in a header, which the sparse form has, too."""
     if found["scale_type"] >= len(_SCALE_DTYPES):
         raise ValueError("the packed weight has an unknown type of scales")
-    scheme = PackedScheme(
+    return PackedScheme(
         rows=int(found["rows"]),
         columns=int(found["columns"]),
         bits=int(found["bits"]),
@@ -279,11 +299,6 @@ def parse(packed: Array) -> PackedScheme:
         scale_dtype=_SCALE_DTYPES[found["scale_type"]],
         paired=bool(found["column_order"]),
     )
-    if not np.array_equal(header(scheme), packed[:HEADER_BYTES]):
-        raise ValueError("the sizes in the header of the packed weight contradict each other")
-    if packed.size != scheme.size:
-        raise ValueError(f"the packed weight has {packed.size} bytes, its header says {scheme.size}")
-    return scheme
 
 
 def unpack(packed: Array) -> tuple[PackedScheme, Array, Array, Array | None]:

@@ -134,17 +134,7 @@ def parse(sparse: Array) -> SparseParts:
     found = np.frombuffer(sparse[:HEADER_BYTES].tobytes(), dense._HEADER)[0]
     if found["version"] != VERSION:
         raise ValueError(f"the sparse packed weight has version {found['version']}, this library reads {VERSION}")
-    if found["scale_type"] >= len(dense._SCALE_DTYPES):
-        raise ValueError("the sparse packed weight has an unknown type of scales")
-    scheme = PackedScheme(
-        rows=int(found["rows"]),
-        columns=int(found["columns"]),
-        bits=int(found["bits"]),
-        block=int(found["block"]),
-        symmetric=not found["zero_points"],
-        scale_dtype=dense._SCALE_DTYPES[found["scale_type"]],
-        paired=bool(found["column_order"]),
-    )
+    scheme = dense.scheme_of_header(found)
     _check_bits(scheme)
     payload = sparse[HEADER_BYTES:]
     if not np.array_equal(_header(scheme, payload.size), sparse[:HEADER_BYTES]):

@@ -22,10 +22,7 @@ Array = npt.NDArray[Any]
 
 @cache
 def _library() -> ctypes.CDLL:
-    loaded = native.load()
-    if loaded.library is None:
-        raise RuntimeError(loaded.reason)
-    library = loaded.library
+    library = native.opened()
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     for name in ("osl_sparse_bytes", "osl_expanded_bytes", "osl_sparse_values"):
         getattr(library, name).restype = count
