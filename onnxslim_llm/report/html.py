@@ -6,11 +6,9 @@ The plots are inline SVG, the style is inline, and the page's Content-Security-P
 from __future__ import annotations
 
 import json
-from importlib.resources import files
 from pathlib import PurePath
 from typing import Any
 
-from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from onnxslim_llm.artifact.manifest import Manifest
@@ -25,27 +23,18 @@ from onnxslim_llm.report.format import (
     seconds_text,
 )
 from onnxslim_llm.report.layers import agreement, layer_rows, paired
+from onnxslim_llm.report.page import render_page
 from onnxslim_llm.report.plots import ROLE_COLOURS, bytes_plot, error_plot, output_error_plot, time_plot
 from onnxslim_llm.report.sparse_storage import break_even, sparse_rows
 
 __all__ = ["render_report"]
 
 _WORST_LISTED = 20
-_TEMPLATES = files("onnxslim_llm.report").joinpath("templates")
 
 
 def render_report(manifest: Manifest) -> str:
     """The text of report.html for a manifest."""
-    environment = Environment(
-        loader=DictLoader({"report": _TEMPLATES.joinpath("report.html.j2").read_text(encoding="utf-8")}),
-        autoescape=True,
-        undefined=StrictUndefined,
-    )
-    environment.filters.update(
-        bytes=bytes_text, count=count_text, figure=figure_text, percent=percent_text, seconds=seconds_text, sign=_sign
-    )
-    css = Markup(_TEMPLATES.joinpath("report.css").read_text(encoding="utf-8"))
-    return environment.get_template("report").render(css=css, m=manifest, **_content(manifest))
+    return render_page("report", {"m": manifest, **_content(manifest)}, {"sign": _sign})
 
 
 def _sign(comparison: str) -> str:

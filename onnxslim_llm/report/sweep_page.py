@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import PurePath
 from typing import Any
 
-from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from onnxslim_llm.artifact.sweep_record import SweepRecord, setting_text
-from onnxslim_llm.report.format import bytes_text, count_text, figure_text, percent_text, seconds_text
+from onnxslim_llm.report.format import bytes_text, count_text, figure_text
+from onnxslim_llm.report.page import render_page
 from onnxslim_llm.report.sweep_plot import LEAST_DIVERGENCE, front_plot, speed_plot
 
 __all__ = ["render_sweep"]
 
-_TEMPLATES = files("onnxslim_llm.report").joinpath("templates")
-
 
 def render_sweep(record: SweepRecord) -> str:
     """The text of report.html for a sweep."""
-    environment = Environment(
-        loader=DictLoader({"sweep": _TEMPLATES.joinpath("sweep.html.j2").read_text(encoding="utf-8")}),
-        autoescape=True,
-        undefined=StrictUndefined,
-    )
-    environment.filters.update(
-        bytes=bytes_text, count=count_text, figure=figure_text, percent=percent_text, seconds=seconds_text
-    )
-    environment.filters.update(times=_times, setting=setting_text)
-    css = Markup(_TEMPLATES.joinpath("report.css").read_text(encoding="utf-8"))
-    return environment.get_template("sweep").render(css=css, r=record, **_content(record))
+    return render_page("sweep", {"r": record, **_content(record)}, {"times": _times, "setting": setting_text})
 
 
 def _content(record: SweepRecord) -> dict[str, Any]:
