@@ -82,6 +82,7 @@ class Calibrator:
 
             self.progress.stage("calibrate", None, "samples")
             calibration = self._data = self.calibration(open_session(self.source, threads=self.threads))
+            self.progress.stage("calibrate: statistics", None, "samples")
             self._statistics, notes = collect(
                 self.source,
                 self._identity(),
