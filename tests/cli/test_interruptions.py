@@ -78,7 +78,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 def test_interrupted_process_resumes(
     decoder: Path, tmp_path: Path, environment: dict[str, str], kill: signal.Signals
 ) -> None:
-    command = [sys.executable, "-m", "onnxslim_llm", "compile", str(decoder), "-o", "build"]
+    command = [sys.executable, "-m", "onnxslim_llm", "compile", str(decoder), "-o", "build", "--recipe", "int4-fast"]
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -95,5 +95,5 @@ def test_interrupted_process_resumes(
     done = subprocess.run([*command, "--resume"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "resumed" in done.stderr
-    assert whole_recipe(tmp_path / "build") == "int4"
+    assert whole_recipe(tmp_path / "build") == "int4-fast"
     assert os.listdir(tmp_path) == ["build"]

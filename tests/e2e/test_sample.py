@@ -58,7 +58,22 @@ def _flat(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_other_verbs_on_an_artifact(cli: Cli, tmp_path: Path, sample_dir: Path) -> None:
-    assert cli("compile", sample_dir, "-o", "build", "--target", "ort-cpu", "--verify", "off", "-q").code == 0
+    assert (
+        cli(
+            "compile",
+            sample_dir,
+            "-o",
+            "build",
+            "--recipe",
+            "int4-fast",
+            "--target",
+            "ort-cpu",
+            "--verify",
+            "off",
+            "-q",
+        ).code
+        == 0
+    )
     prompt = "def read_lines(path):\n    "
     said = cli("generate", "build", "--prompt", prompt, "-n", "24")
     assert said.code == 0, said.err
