@@ -16,7 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxslim_llm.custom_ops import packed as dense
-from onnxslim_llm.custom_ops.packed import HEADER_BYTES, STRIP_COLUMNS, PackedScheme
+from onnxslim_llm.custom_ops.packed_header import (
+    HEADER,
+    HEADER_BYTES,
+    STRIP_COLUMNS,
+    PackedScheme,
+    header,
+    scheme_of_header,
+)
 
 __all__ = ["MAGIC", "TAIL_BYTES", "VERSION", "SparseParts", "break_even", "expand", "is_sparse", "make_sparse", "parse"]
 
@@ -117,8 +124,8 @@ def expand(sparse: Array) -> npt.NDArray[np.uint8]:
                 here[own] = payload[at : at + int(own.sum())] >> np.uint8(4 * number) & np.uint8(2**scheme.bits - 1)
             codes[strip, chunk] = here
             at += max(int((present & places).sum()) for places in planes)
-    packed_codes = dense._planes(_by_row(codes, scheme), scheme.bits)
-    return np.concatenate([dense.header(scheme), np.concatenate([packed_codes, fixed], axis=2).reshape(-1)])
+    packed_codes = dense.planes_of(_by_row(codes, scheme), scheme.bits)
+    return np.concatenate([header(scheme), np.concatenate([packed_codes, fixed], axis=2).reshape(-1)])
 
 
 def parse(sparse: Array) -> SparseParts:
@@ -131,10 +138,10 @@ def parse(sparse: Array) -> SparseParts:
         raise ValueError("the sparse packed weight is shorter than its header")
     if not is_sparse(sparse):
         raise ValueError("these bytes are not a sparse packed weight")
-    found = np.frombuffer(sparse[:HEADER_BYTES].tobytes(), dense._HEADER)[0]
+    found = np.frombuffer(sparse[:HEADER_BYTES].tobytes(), HEADER)[0]
     if found["version"] != VERSION:
         raise ValueError(f"the sparse packed weight has version {found['version']}, this library reads {VERSION}")
-    scheme = dense.scheme_of_header(found)
+    scheme = scheme_of_header(found)
     _check_bits(scheme)
     payload = sparse[HEADER_BYTES:]
     if not np.array_equal(_header(scheme, payload.size), sparse[:HEADER_BYTES]):
@@ -172,7 +179,7 @@ def _chunk_sizes(scheme: PackedScheme) -> tuple[int, int]:
 
 
 def _header(scheme: PackedScheme, payload_bytes: int) -> npt.NDArray[np.uint8]:
-    fields = np.frombuffer(dense.header(scheme).tobytes(), dense._HEADER).copy()
+    fields = np.frombuffer(header(scheme).tobytes(), HEADER).copy()
     fields["magic"], fields["version"] = MAGIC, VERSION
     fields["chunk_bytes"], fields["payload_bytes"] = sum(_chunk_sizes(scheme)), payload_bytes
     return fields.view(np.uint8)
@@ -182,7 +189,7 @@ def _codes_and_rest(packed: Array, scheme: PackedScheme) -> tuple[Array, Array]:
     """Codes [strips, chunks, places] in the order of the bitmap; scales and zero points [strips, chunks, bytes]."""
     code_bytes = scheme.chunk_parts[0]
     chunks = packed[HEADER_BYTES:].reshape(scheme.strips, scheme.chunks, -1)
-    rows = dense._codes_of(chunks[:, :, :code_bytes], scheme.bits, scheme.chunk_rows)
+    rows = dense.codes_of_planes(chunks[:, :, :code_bytes], scheme.bits, scheme.chunk_rows)
     cut = rows.reshape(scheme.strips, scheme.chunks, -1, _WORD_ROWS, STRIP_COLUMNS)
     return np.swapaxes(cut, -1, -2).reshape(scheme.strips, scheme.chunks, -1), chunks[:, :, code_bytes:]
 
