@@ -17,7 +17,7 @@ from onnxslim_llm.concepts.activation import GELU, GELU_TANH, SWISH
 from onnxslim_llm.ir.ownership import is_overridable
 from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.ir.weights.sparse import SparseWeight
-from onnxslim_llm.products.reads import k_axis_of, product_reason, read_weight
+from onnxslim_llm.products.reads import QUANTIZED, k_axis_of, product_reason, quantized_source, read_weight
 from onnxslim_llm.rewrite.constants import constant_tensor
 from onnxslim_llm.rewrite.engine import graph_output_ids
 from onnxslim_llm.rewrite.schema import normal_domain
@@ -116,6 +116,8 @@ def find_hidden_layers(model: Model, change: Change) -> list[HiddenLayer]:
         if normal_domain(node.domain) != "" or node.op not in ("MatMul", "Gemm") or len(node.inputs) < 2:
             continue
         read = read_weight(node.inputs[1])
+        if read is None and (codes := quantized_source(node.inputs[1])) is not None:
+            change.skip(codes.name, QUANTIZED)
         if read is None or len(weight_of(read.constant).shape) != 2 or product_reason(node, weight_of(read.constant)):
             continue
         if read.in_node:

@@ -11,7 +11,18 @@ from onnxslim_llm.ir.weights import dtypes, weight_of
 from onnxslim_llm.ir.weights.weight import Weight
 from onnxslim_llm.rewrite.schema import normal_domain
 
-__all__ = ["WeightRead", "gather_reason", "k_axis_of", "product_reason", "read_weight"]
+__all__ = [
+    "QUANTIZED",
+    "WeightRead",
+    "gather_reason",
+    "k_axis_of",
+    "product_reason",
+    "quantized_source",
+    "read_weight",
+]
+
+#: Why a weight that `quantized_source` finds is left alone.
+QUANTIZED = "it is quantized already"
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,18 @@ def read_weight(tensor: gs.Tensor) -> WeightRead | None:
     if transposed and len(weight.shape) != 2:
         return None
     return WeightRead(tensor, transposed, dtype or str(weight.dtype), in_node)
+
+
+def quantized_source(tensor: gs.Tensor) -> gs.Tensor | None:
+    """Return the codes that `tensor` is dequantized from, or None if it is not."""
+    while isinstance(tensor, gs.Variable) and len(tensor.inputs) == 1:
+        producer = tensor.inputs[0]
+        if producer.op == "DequantizeLinear":
+            return producer.inputs[0]
+        if producer.op not in ("Transpose", "Cast", "Identity", "Reshape"):
+            return None
+        tensor = producer.inputs[0]
+    return None
 
 
 def k_axis_of(node: gs.Node, transposed: bool) -> int:

@@ -14,7 +14,15 @@ from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.ir.weights.sparse import SparseWeight
 from onnxslim_llm.ir.weights.weight import Weight
 from onnxslim_llm.products.attention import AttentionFlow, Sensitive
-from onnxslim_llm.products.reads import WeightRead, gather_reason, k_axis_of, product_reason, read_weight
+from onnxslim_llm.products.reads import (
+    QUANTIZED,
+    WeightRead,
+    gather_reason,
+    k_axis_of,
+    product_reason,
+    quantized_source,
+    read_weight,
+)
 from onnxslim_llm.rewrite.schema import normal_domain
 
 if TYPE_CHECKING:
@@ -160,16 +168,10 @@ class _Search:
             self.change.skip(where, reason)
 
     def _explain(self, node: gs.Node, index: int) -> None:
-        tensor = node.inputs[index]
-        while isinstance(tensor, gs.Variable) and len(tensor.inputs) == 1:
-            producer = tensor.inputs[0]
-            if producer.op == "DequantizeLinear":
-                self._skip(producer.inputs[0].name, "it is quantized already")
-                return
-            if producer.op not in ("Transpose", "Cast", "Identity", "Reshape"):
-                return
-            tensor = producer.inputs[0]
-        if node.op != "Gather":
+        codes = quantized_source(node.inputs[index])
+        if codes is not None:
+            self._skip(codes.name, QUANTIZED)
+        elif node.op != "Gather":
             left = read_weight(node.inputs[0])
             if left is not None and len(weight_of(left.constant).shape) == 2:
                 self._skip(left.constant.name, "it is the left operand: blocks would run across rows")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -36,8 +38,9 @@ def _read(file: Path, inputs: Sequence[TensorInfo]) -> dict[str, Array]:
             return {inputs[0].name: loaded}
         with loaded:
             return {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError) as error:
-        raise UsageError(f"not a readable numpy file: {error}", where=str(file)) from error
+    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:  # its text proposes to load it unsafely
+        todo = "write it with numpy.savez(FILE, NAME=ARRAY, ...); arrays of Python objects are not read"
+        raise UsageError("not a readable numpy file", where=str(file), todo=todo) from error
 
 
 def _fit(arrays: Mapping[str, Array], inputs: Sequence[TensorInfo], file: Path) -> dict[str, Array]:

@@ -49,7 +49,7 @@ def read_tokens(path: Path, tokenizer: Encoder, max_tokens: int | None) -> Array
     except OSError as error:
         raise ResourceError(f"the text cannot be read: {error.strerror}", where=str(path)) from error
     except UnicodeDecodeError as error:
-        raise UsageError("the text is not UTF-8", where=str(path)) from error
+        raise UsageError("the text is not UTF-8", where=str(path), todo="save it as a UTF-8 text file") from error
     if len(ids[:max_tokens]) < 2:
         raise UsageError(f"the text has {len(ids[:max_tokens])} tokens; at least 2 are needed", where=str(path))
     return np.asarray(ids[:max_tokens], np.int64)

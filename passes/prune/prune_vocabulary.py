@@ -245,7 +245,7 @@ def _read_ids(path: str) -> NDArray[np.int64]:
         if found.size and found.dtype.kind == "f":
             raise ValueError("they are no integers")
         return ids
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, OverflowError) as error:
         todo = "give a JSON list, .npy, or text with an id per line"
         raise UsageError(f"the token ids cannot be read: {error}", where=path, todo=todo) from error
 

@@ -126,8 +126,13 @@ def test_a_calibration_file_that_does_not_fit(here: Cli, tmp_path: Path) -> None
     for name, array in (("x", np.zeros((2, 3), np.float32)), ("z", np.zeros((2, 128), np.float32))):
         np.savez(tmp_path / "inputs.npz", **{name: array})
         refused(here("compile", "model.onnx", "-o", "build", "--calib", "inputs.npz"), 2, "inputs.npz")
-    (tmp_path / "inputs.npz").write_bytes(b"PK not a zip")
-    refused(here("compile", "model.onnx", "-o", "build", "--calib", "inputs.npz"), 2, "inputs.npz")
+    whole_file = (tmp_path / "inputs.npz").read_bytes()
+    damaged = bytearray(whole_file)
+    damaged[len(damaged) // 2] ^= 0xFF
+    for content in (b"", b"PK not a zip", b"PK\3\4 cut", b"\x93NUMPY", b"text", whole_file[:-30], bytes(damaged)):
+        (tmp_path / "inputs.npz").write_bytes(content)
+        parts = refused(here("compile", "model.onnx", "-o", "build", "--calib", "inputs.npz"), 2, "inputs.npz")
+        assert "pickle" not in parts["what"]
     nothing_left(tmp_path, "inputs.npz", "model.onnx")
 
 

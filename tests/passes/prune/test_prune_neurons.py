@@ -15,6 +15,7 @@ from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.save import save_model
 from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.passes.prune.prune_neurons import PruneNeurons
+from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.rewrite.context import Context
 from onnxslim_llm.rewrite.pipeline import PassRecord, Pipeline
 from onnxslim_llm.stats.calibration import TensorCalibration
@@ -155,6 +156,17 @@ def test_a_weight_with_two_uses_stays() -> None:
     source = proto(f"{HEAD} {body} }}", U=weights(1, WIDTH, HIDDEN), D=weights(2, HIDDEN, WIDTH))
     _, record = pruned(source, None, share=0.5, refit=False)
     assert skipped(record)["D"] == "'U' has several uses"
+
+
+def test_quantized_weights_are_named() -> None:
+    quantized = Pipeline([QuantizeWeights(bits=8, block=16, min_elements=0)])
+    model = model_of(gated())
+    quantized.run(model)
+    Pipeline("lower_portable").run(model)
+    (record,) = Pipeline([PruneNeurons(share=0.5, refit=False)]).run(model)
+    assert not record.changed
+    assert len(record.skipped) == 3
+    assert {skip.reason for skip in record.skipped} == {"it is quantized already"}
 
 
 def test_layers_are_excluded_by_name() -> None:

@@ -164,6 +164,8 @@ def test_the_ids_of_a_file_stay(tmp_path: Path, name: str) -> None:
         ("[]", "not all of"),
         ("[1.5]", "cannot be read"),
         ("a b", "cannot"),
+        ("99999999999999999999", "cannot be read"),
+        ("[99999999999999999999]", "cannot be read"),
     ],
 )
 def test_files_that_make_no_sense_are_refused(tmp_path: Path, content: str, message: str) -> None:
@@ -172,6 +174,12 @@ def test_files_that_make_no_sense_are_refused(tmp_path: Path, content: str, mess
         pruned(source_of(tmp_path), tokens=None, keep=str(tmp_path / "ids.json"))
     with pytest.raises(UsageError, match="cannot be read"):
         pruned(source_of(tmp_path), tokens=None, keep=str(tmp_path / "nowhere.json"))
+
+
+def test_an_array_file_that_is_empty_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "ids.npy").touch()
+    with pytest.raises(UsageError, match="cannot be read"):
+        pruned(source_of(tmp_path), tokens=None, keep=str(tmp_path / "ids.npy"))
 
 
 def test_something_has_to_say_which_tokens_are_needed(tmp_path: Path) -> None:
