@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,9 @@ import numpy as np
 import onnx
 
 from onnxslim_llm.custom_ops import ops
-from onnxslim_llm.errors import ModelError, ResourceError, SlimError, UsageError
+from onnxslim_llm.errors import ModelError, ResourceError, UsageError
 from onnxslim_llm.runtime.containers import CONTAINERS, flat_values
+from onnxslim_llm.runtime.ort_errors import UNREGISTERED, ort_errors
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -50,23 +50,9 @@ _ORT_DTYPES: dict[str, Any] = {
     "tensor(string)": np.str_,
 }
 
-# ORT's texts differ by phase (load, type check, run); each of these finds the node or op that is concerned.
-_WHERE = (
-    re.compile(r"running (?P<op>\w+) node\. Name:'(?P<node>[^']*)'"),
-    re.compile(r"In Node, \(\"(?P<node>[^\"]*)\", (?P<op>\w+)"),
-    re.compile(r"operator \((?P<op>\w+)\) in node \((?P<node>[^)]*)\)"),
-    re.compile(r"Could not find an implementation for (?P<op>\S+) node with name '(?P<node>[^']*)'"),
-    re.compile(r"Node ?\((?P<node>[^)]*)\) Op \((?P<op>\w+)\)"),
-    re.compile(r"Fatal error: (?P<op>\S+?)\(-?\d+\) is not a registered"),
-    re.compile(r"for initializer: (?P<node>\S+?)\.? "),
-)
 # Threads that wait without burning a core. Two sessions at once, or any other work on the machine, make spinning
 # threads wait for each other: a verification beside two busy processes took 38 s with and 1.7 s without.
 _SHARED_MACHINE = {"session.intra_op.allow_spinning": "0"}
-
-_UNREGISTERED = re.compile(r"is not a registered function/op|No Op registered")
-_NO_MEMORY = re.compile(r"Failed to allocate memory|bad_alloc|bad allocation|out of memory", re.IGNORECASE)
-_NOISE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : |/onnxruntime_src/\S+ ")
 
 
 @dataclass(frozen=True)
@@ -127,7 +113,7 @@ class Session:
         names = [info.name for info in self.outputs] if outputs is None else list(outputs)
         strings = any(array.dtype.kind in "OUS" for array in feeds.values())  # OrtValues hold none from numpy
         if strings or not self._containers.isdisjoint(names):
-            with _ort_errors(self.where, "run"):
+            with ort_errors(self.where, "run"):
                 values = self.inference.run(names, dict(feeds))
             return {name: flat_values(value) for name, value in zip(names, values, strict=True)}
         tensors = self.run_values({name: self.value(array) for name, array in feeds.items()}, outputs)
@@ -139,7 +125,7 @@ class Session:
         missing = [info.name for info in self.inputs if info.name not in feeds]
         if missing:
             raise ModelError(f"inputs are missing: {', '.join(missing)}", where=self.where)
-        with _ort_errors(self.where, "run"), self._around():
+        with ort_errors(self.where, "run"), self._around():
             return dict(zip(names, self.inference.run_with_ort_values(names, dict(feeds)), strict=True))
 
     def run_in_place(
@@ -152,7 +138,7 @@ class Session:
             outputs: names of the outputs to return.
             buffers: (output, OrtValue) by the name of the input; both are bound to the same memory.
         """
-        with _ort_errors(self.where, "run"):
+        with ort_errors(self.where, "run"):
             binding = self.inference.io_binding()
             for name, value in feeds.items():
                 binding.bind_ortvalue_input(name, value)
@@ -250,7 +236,7 @@ def open_session(
             options.add_session_config_entry(key, value)
         except Exception as error:
             raise UsageError(f"onnxruntime refuses the session option {key}={value}", todo=str(error)) from error
-    with _ort_errors(where, "open"):
+    with ort_errors(where, "open"):
         source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
         return Session(_open(source, options), where)
 
@@ -274,7 +260,7 @@ def open_with_options(
     if not path.is_file():
         raise ModelError("there is no such model file", where=str(path))
     options.log_severity_level = _LOG_FATAL
-    with _ort_errors(str(path), "open"), around():
+    with ort_errors(str(path), "open"), around():
         inference = ort.InferenceSession(str(path), options)
     return Session(inference, str(path), around=around)
 
@@ -287,7 +273,7 @@ def _open(source: bytes | str, options: ort.SessionOptions) -> ort.InferenceSess
     try:
         return ort.InferenceSession(source, options, providers=providers)
     except Exception as error:
-        if f"{ops.DOMAIN}:" not in str(error) or _UNREGISTERED.search(str(error)) is None:
+        if f"{ops.DOMAIN}:" not in str(error) or UNREGISTERED.search(str(error)) is None:
             raise
     try:
         ops.register(options)
@@ -308,38 +294,6 @@ def inputs_of(model: Session | onnx.ModelProto) -> tuple[TensorInfo, ...]:
 def outputs_of(model: Session | onnx.ModelProto) -> tuple[TensorInfo, ...]:
     """The outputs of a model, in order."""
     return model.outputs if isinstance(model, Session) else tuple(_from_value_info(v) for v in model.graph.output)
-
-
-@contextmanager
-def _ort_errors(where: str, phase: str) -> Iterator[None]:
-    try:
-        yield
-    except SlimError:
-        raise
-    except MemoryError as error:
-        raise ResourceError("memory ran out", where=where, todo=_MORE_MEMORY) from error
-    except Exception as error:
-        raise _translate(str(error), where, phase) from error
-
-
-_MORE_MEMORY = "free memory, or use a smaller model, batch or window"
-
-
-def _translate(text: str, where: str, phase: str) -> SlimError:
-    message = " ".join(_NOISE.sub("", text).split())
-    found = next((m for m in (pattern.search(message) for pattern in _WHERE) if m), None)
-    if found:
-        groups = found.groupdict()
-        named = " ".join(part for part in (groups.get("op"), groups.get("node") and f"'{groups['node']}'") if part)
-        where = f"{named} in {where}" if where else named
-    if _NO_MEMORY.search(message):
-        return ResourceError(f"memory ran out in ONNX Runtime: {message}", where=where, todo=_MORE_MEMORY)
-    if phase == "open":
-        todo = "check the model with `onnxslim-llm inspect`"
-        if _UNREGISTERED.search(message):
-            todo = "register the library of this operator, or choose another target"
-        return ModelError(f"ONNX Runtime cannot open the model: {message}", where=where, todo=todo)
-    return ModelError(f"ONNX Runtime failed on the model: {message}", where=where)
 
 
 def _from_node_arg(arg: Any) -> TensorInfo:
