@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from onnxslim_llm.ir.ownership import is_overridable
 from onnxslim_llm.ir.shapes.dims import Dim, Expr, parse, symbol
-from onnxslim_llm.ir.shapes.shape_rules import SHAPE_RULES, NodeView
+from onnxslim_llm.ir.shapes.node_view import NodeView
+from onnxslim_llm.ir.shapes.shape_rules import SHAPE_RULES
 from onnxslim_llm.ir.shapes.value_rules import VALUE_RULES
 from onnxslim_llm.ir.weights import weight_of
 

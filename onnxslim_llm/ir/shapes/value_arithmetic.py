@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxslim_llm.ir.shapes.dims import Dim, divide, is_nonnegative, is_positive
-from onnxslim_llm.ir.shapes.shape_rules import NodeView
+from onnxslim_llm.ir.shapes.node_view import NodeView
 
 __all__ = ["ARITHMETIC", "Rule", "Value", "elementwise", "object_array"]
 

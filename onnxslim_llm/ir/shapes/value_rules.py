@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from onnxslim_llm.ir.shapes.dims import Dim, Expr, is_positive, product
-from onnxslim_llm.ir.shapes.shape_rules import NodeView
+from onnxslim_llm.ir.shapes.node_view import NodeView
 from onnxslim_llm.ir.shapes.value_arithmetic import ARITHMETIC, Rule, Value, elementwise, object_array
 from onnxslim_llm.ir.weights import dtypes
 
