@@ -70,7 +70,14 @@ SETTINGS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
         *("quantize_weights.embedding_bits=4", "quantize_weights.lm_head_bits=4", "quantize_weights.sensitive_bits=4"),
     )) + ("quantize_weights.method=rtn",), "portable"),
     ("4 bits everywhere", "int4-fast", _all_bits, "portable"),
-    ("4 bits everywhere, calibrated", "int4-fast", (*_all_bits, "quantize_weights.method=calibrated"), "portable"),
+    *(
+        (f"4 bits everywhere, {label}", preset, (*_all_bits, "quantize_weights.target_bits=0"), "portable")
+        for label, preset in (
+            ("own text", "int4-probed"),
+            ("calibrated", "int4-calibrated"),
+            ("tuned", "int4-tuned"),
+        )
+    ),
     ("8 bits, calibrated", "int8", ("quantize_weights.method=calibrated",), "ort-cpu-ops"),
 )  # fmt: skip
 #: Sizes that bits are shared out for, in bits per weight, by the target; graph and norms come on top.
@@ -95,7 +102,7 @@ def ours(extra: tuple[tuple[str, str, tuple[str, ...], str], ...] = ()) -> Itera
     for name in preset_names():
         recipe = Recipe.load(name)
         changes = [step.name for step in recipe.build() if not step.lossless]
-        if changes != ["quantize_weights"] or name == _SHOWN_AS_INT4:
+        if changes[:1] != ["quantize_weights"] or {*changes[1:]} - {"recode_in_order"} or name == _SHOWN_AS_INT4:
             continue
         kinds = ("decoder",) if name == "int4" else ("decoder", "encoder")  # encoders get int4-fast from it
         for target in ("portable", "ort-cpu-ops"):
@@ -103,13 +110,13 @@ def ours(extra: tuple[tuple[str, str, tuple[str, ...], str], ...] = ()) -> Itera
             yield Contestant("ours", f"{name} ({target})", make, f"{code} {recipe.digest()}", target, kinds)
     for label, preset, settings, target in (*SETTINGS, *extra):
         make = partial(_compiled, preset, settings, target)
-        yield Contestant("ours", f"{label} ({target})", make, f"{code} {preset} {settings}", target)
+        kinds = ("decoder",) if preset in (_SHOWN_AS_INT4, "int4-tuned") else ("decoder", "encoder")
+        yield Contestant("ours", f"{label} ({target})", make, f"{code} {preset} {settings}", target, kinds)
     for target, sizes in LADDER.items():
         for size in sizes:
             yield _rung(code, f"{size:g} bits, calibrated", "int4-calibrated", (), target, size)
     for size in LADDER_WITHOUT_DATA:
-        searched = ("quantize_weights.method=search",)
-        yield _rung(code, f"{size:g} bits, without data", "int4-calibrated", searched, "ort-cpu-ops", size)
+        yield _rung(code, f"{size:g} bits, without data", "int4-fast", (), "ort-cpu-ops", size)
     for size in LADDER_OF_OWN_TEXT:
         yield _rung(code, f"{size:g} bits, own text", _SHOWN_AS_INT4, (), "ort-cpu-ops", size)
     for size in LADDER_TUNED:
@@ -127,8 +134,9 @@ def _rung(code: str, label: str, preset: str, settings: tuple[str, ...], target:
 def _compiled(preset: str, settings: tuple[str, ...], target: str, subject: Subject, folder: Path) -> Path:
     out = folder / "artifact"
     steps = Recipe.load(preset).with_settings(settings).build()
-    itself = any(step.takes_own_text for step in steps)
-    needs = any(step.wants_statistics for step in steps) and not itself
+    wanting = [step for step in steps if step.wants_statistics]
+    itself = bool(wanting) and all(step.takes_own_text for step in wanting)
+    needs = bool(wanting) and not itself
     compile_model(
         subject.model,
         out,

@@ -64,13 +64,13 @@ def make_tuner(calibrator: Calibrator) -> CodeTuner | None:
     )
 
 
-def make_replayer(calibrator: Calibrator) -> Replayer | None:
-    """Return what passes code weights in order with; None where there are no calibration data."""
-    if calibrator.data is None:
-        return None
+def make_replayer(calibrator: Calibrator) -> Replayer:
+    """Return what passes code weights in order with: the user's data, or what the model has written for statistics."""
+    calibrator = calibrator.any_size or calibrator
+    given = calibrator if calibrator.data is not None else replace(calibrator, data=Path(SELF))
     return SourceReplayer(
         calibrator.source,
-        SampleSource(calibrator, "recode in order").data,
+        SampleSource(given, "recode in order").data,
         calibrator.folder / "replay",
         threads=calibrator.threads,
         progress=lambda done, total: calibrator.progress.advance(done, f"{done} of {total}"),

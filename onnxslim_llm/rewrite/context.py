@@ -42,7 +42,7 @@ class Context:
         gradients: Computes figures of gradients of the graph as it is, in torch; None where there is no source model.
         tuner: Tunes coded weights by the answers of the source model, in torch; None where there are no data.
         timer: Times products in the target's runtime; None where nothing is compiled.
-        replayer: Runs the source beside itself with coded weights; None where there are no data.
+        replayer: Runs the source beside itself with coded weights; None where there is no source model.
         tokens: Knows which tokens the user's data have; None where there is no source model.
         notes: One-line remarks for the user; passes append to it.
     """

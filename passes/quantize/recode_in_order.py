@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.weights.jobs import derive
 from onnxslim_llm.passes.quantize.codes.coded_sites import coded_sites
 from onnxslim_llm.passes.quantize.codes.recode import CodedWeight, InOrder
@@ -36,6 +35,7 @@ class RecodeInOrder(Pass):
         Y = onnxslim_llm.BlockMatMul <block_size, scale_type> (X, W_q4_in_order, W_scale_in_order, W_zp_in_order)
 
     Skips when:
+        - there are no calibration data, not even text that the model has written itself for the coding of weights;
         - the weight is a table of look-ups, a tied one, too: nothing comes before it;
         - another pass has changed it: rotated, folded, pruned, split;
         - the codes are no recorded work of one weight: stored already, packed with others; or they were tuned;
@@ -53,17 +53,15 @@ class RecodeInOrder(Pass):
         """The first choice of codes works from them."""
         return True
 
-    def requires(self, model: Model, context: Context) -> None:
-        """Check that there are data.
+    @property
+    def takes_own_text(self) -> bool:
+        """Whatever the weights were coded by will do, and nothing where they were coded without data."""
+        return True
 
-        Raises:
-            UsageError: There are none.
-        """
-        if context.replayer is None:
-            todo = "give --calib FILE or --calib self (text sampled from the model) to a compile"
-            raise UsageError(
-                "codes are chosen in order on calibration data: there are none", where=self.name, todo=todo
-            )
+    @property
+    def minds_cost(self) -> bool:
+        """It asks for no statistics that the coding of weights does not want."""
+        return True
 
     def apply(self, model: Model, context: Context) -> Change:
         """Choose the codes of what products of the top graph read.
@@ -75,15 +73,17 @@ class RecodeInOrder(Pass):
         change = Change()
         weights: dict[str, CodedWeight] = {}
         for site in coded_sites(model, change):
-            if isinstance(site.job, TunedJob):
+            if context.replayer is None or context.statistics is None:
+                change.skip(site.job.where(), "there are no calibration data")
+            elif isinstance(site.job, TunedJob):
                 change.skip(site.job.where(), "its codes were tuned")
             else:
                 weights.setdefault(site.job.where(), CodedWeight([])).sites.append(site)
         if not weights:
             return change
         assert context.replayer is not None
-        origin = context.statistics.origin_of if context.statistics is not None else str
-        known = {origin(name): entry for name, entry in weights.items()} | weights
+        assert context.statistics is not None
+        known = {context.statistics.origin_of(name): entry for name, entry in weights.items()} | weights
         context.replayer.replay(InOrder(known, context.replayer.threads))
         recoded = {}
         for name, entry in weights.items():

@@ -11,7 +11,6 @@ import onnxruntime as ort
 import pytest
 from onnx import numpy_helper, parser
 
-from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.model import Model, from_proto
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
 from onnxslim_llm.passes.quantize.recode_in_order import RecodeInOrder
@@ -122,10 +121,12 @@ def test_a_weight_that_another_pass_has_changed_stays(tmp_path: Path) -> None:
     assert {s.where: s.reason for s in change.skipped}["W"] == "a pass before has changed the weight"
 
 
-def test_it_needs_data() -> None:
-    with pytest.raises(UsageError, match="there are none") as caught:
-        RecodeInOrder().requires(from_proto(_source()), Context())
-    assert "--calib FILE" in caught.value.todo
+def test_without_data_everything_stays() -> None:
+    model = from_proto(_source())
+    Pipeline([QuantizeWeights(**{**QUANTIZER, "method": "search"})]).run(model, Context())
+    change = RecodeInOrder().apply(model, Context())
+    assert not change.sites
+    assert {skipped.reason for skipped in change.skipped} == {"there are no calibration data"}
 
 
 def test_nothing_is_run_where_nothing_is_coded(tmp_path: Path) -> None:
