@@ -56,12 +56,14 @@ def run_bounded(
         module: Its `main` reads the request, JSON, from the only argument, and answers with `answer`.
         request: Anything that JSON holds.
         seconds: Time limit; the child and its children are killed after it.
-        python: Another interpreter, of a virtual environment with other packages; default: this one.
+        python: Another interpreter, of a virtual environment with other packages; default: this one. Of this
+            environment it sees nothing but this package, wherever that is installed.
         environment: Further variables.
     """
     with tempfile.TemporaryDirectory(prefix="onnxslim-") as folder:
         reply, log = Path(folder, "answer.json"), Path(folder, "log")
-        variables = {**os.environ, **_OFFLINE, **environment, _ANSWER: str(reply), "PYTHONPATH": _search_path()}
+        path = _only_us(Path(folder)) if python else _search_path()
+        variables = {**os.environ, **_OFFLINE, **environment, _ANSWER: str(reply), "PYTHONPATH": path}
         with log.open("wb") as sink:
             child = subprocess.Popen(
                 [python or sys.executable, "-m", module, json.dumps(request)],
@@ -107,3 +109,12 @@ def _search_path() -> str:
     """The child must find this very package, also in a checkout that is not installed."""
     here = str(Path(__file__).resolve().parents[1])
     return os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
+
+
+def _only_us(folder: Path) -> str:
+    """Another environment must not find the packages that lie beside this one."""
+    package = Path(__file__).resolve().parent
+    alone = folder / "package"
+    alone.mkdir()
+    (alone / package.name).symlink_to(package, target_is_directory=True)
+    return str(alone)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from onnxslim_llm.compiler.client_files import write_client_files
@@ -35,6 +36,7 @@ __all__ = ["PRIMITIVE_LOWERING", "Checker"]
 Array = NDArray[np.generic]
 _SEED = 0
 _TOKENS = 16
+_MOST_SEGMENTS = 2
 
 #: For converters that read operators of opset 17 or so: norms and Gelu as arithmetic, masks as numbers.
 PRIMITIVE_LOWERING = (
@@ -159,14 +161,25 @@ class _Forms:
 
 
 def _unpadded(model: Model) -> str:
-    """Return the values of masks and positions for a text without padding, as fix_inputs takes them.
+    """Return the values of masks, positions and segments for one text without padding, as fix_inputs takes them.
 
-    They are known by their names: nothing else tells them from other integers.
+    Masks and positions are known by their names: nothing else tells them from other integers.
     """
     inputs = (tensor for tensor in model.graph.inputs if tensor.dtype is not None)
     names = [tensor.name for tensor in inputs if np.dtype(tensor.dtype).kind in "iub"]
     masks = [f"{name}=1" for name in names if "mask" in name]
-    return ",".join([*masks, *(f"{name}=range" for name in names if "position" in name)])
+    segments = [f"{name}=0" for name in _segments(model.to_proto("omit")) if name in names]
+    return ",".join([*masks, *(f"{name}=range" for name in names if "position" in name), *segments])
+
+
+def _segments(proto: onnx.ModelProto) -> list[str]:
+    """Return the inputs that choose one of two rows: which of two texts a token is in.
+
+    The converter pnnx computes constants with indices of its own, up to the number of tokens, and stops at such tables.
+    """
+    from onnxslim_llm.runtime.feeds import index_bounds
+
+    return [name for name, rows in index_bounds(proto).items() if rows <= _MOST_SEGMENTS]
 
 
 def _usual_size(name: str) -> int:
@@ -188,5 +201,6 @@ def _feeds(session: Session, fixed: FixedSource) -> dict[str, Array]:
     if signature is not None and signature.length:
         runner = DecoderRunner(session, signature)
         return runner.arrays(rng.integers(0, runner.vocab, (signature.batch or 1, signature.length)))
-    bounds = index_bounds(open_model(fixed.path).to_proto("omit"))
-    return random_feeds(session.inputs, {}, rng, bounds=bounds)
+    proto = open_model(fixed.path).to_proto("omit")
+    feeds = random_feeds(session.inputs, {}, rng, bounds=index_bounds(proto))
+    return feeds | {name: np.zeros_like(feeds[name]) for name in _segments(proto)}

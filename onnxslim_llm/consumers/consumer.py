@@ -20,7 +20,8 @@ __all__ = ["CONSUMERS", "TOLERANCE", "Consumer", "Form", "Report", "consume", "f
 Array = NDArray[Any]
 #: "source": the model as it is, with fixed sizes. "portable": as compiled for that target. "primitive": norms, Gelu
 #: and attention taken apart into operators of opset 20 or older, no infinity. "unpadded": that, with masks fixed to
-#: one and positions to 0, 1, 2, ..., for texts without padding. "folder": a whole artifact, sizes not fixed.
+#: one, positions to 0, 1, 2, ... and segments to 0, for one text without padding. "folder": a whole artifact, sizes not
+#: fixed.
 Form = Literal["source", "portable", "primitive", "unpadded", "folder"]
 Status = Literal["runs", "differs", "refused", "failed", "not installed", "not for this model"]
 
