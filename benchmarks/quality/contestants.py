@@ -81,7 +81,8 @@ SETTINGS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("8 bits, calibrated", "int8", (_calibrated := ("quantize_weights.method=calibrated",)), "ort-cpu-ops"),
     ("int8, exact", "int8", (_exact := ("quantize_weights.accuracy=exact",)), "ort-cpu-ops"),
     ("8 bits, calibrated, exact", "int8", (*_calibrated, *_exact), "ort-cpu-ops"),
-    ("8 bits, block 16, calibrated, exact", "int8", (*_calibrated, *_exact, "quantize_weights.block=16"), "ort-cpu-ops"),
+    ("8 bits, block 16, calibrated, exact", "int8", (*_calibrated, *_exact, "quantize_weights.block=16"),
+     "ort-cpu-ops"),
 )  # fmt: skip
 #: Sizes that bits are shared out for, in bits per weight, by the target; graph and norms come on top.
 LADDER = {
