@@ -11,11 +11,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxslim_llm.errors import ModelError
 from onnxslim_llm.runtime.session import Session, open_session
 from onnxslim_llm.stats.calibration import Calibration
 from onnxslim_llm.stats.carry import Carry
 from onnxslim_llm.stats.moments import Moments
+from onnxslim_llm.stats.refused import values_of
 from onnxslim_llm.stats.segments import Segment, extract, plan_segments
 from onnxslim_llm.stats.statistics import Statistics
 from onnxslim_llm.stats.taps import Tap, find_taps
@@ -110,7 +110,8 @@ class _Run:
             if session is not None:
                 available |= session.run({info.name: available[info.name] for info in session.inputs})
             for tensor, sums in (held if sample % HELD_OUT_OF == 1 else fit).items():
-                _add(sums, tensor, available[tensor])
+                with values_of(tensor):
+                    sums.add(available[tensor])
             if segment.carried_out:
                 self.carry.store(number, sample, {name: available[name] for name in segment.carried_out})
             self.progress(number * len(self.data) + sample + 1, total)
@@ -123,17 +124,6 @@ class _Run:
 
 def _element(array: NDArray[np.generic]) -> int:
     return int(onnx.helper.np_dtype_to_tensor_dtype(array.dtype))
-
-
-def _add(moments: Moments, tensor: str, rows: NDArray[np.generic]) -> None:
-    try:
-        moments.add(rows)
-    except FloatingPointError as error:
-        raise ModelError(
-            f"the calibration data make {error}",
-            where=f"tensor '{tensor}'",
-            todo="run the model on this text by itself: `onnxslim-llm eval`; a float16 model may overflow",
-        ) from error
 
 
 def _notes(tap: Tap, statistics: Statistics) -> list[str]:

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import onnx
 from numpy.typing import NDArray
 
-from onnxslim_llm.errors import ModelError
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.save import SaveOptions, save_model
 from onnxslim_llm.runtime.session import Session, open_session
 from onnxslim_llm.stats.calibration import Feeds
+from onnxslim_llm.stats.refused import values_of
 
 __all__ = ["Collector", "GraphObserver", "Observer", "open_graph"]
 
@@ -81,7 +81,8 @@ class GraphObserver:
                     batches = _batches(session, fed, list(collectors), self.held_bytes)
                 for names in batches:
                     for name, values in session.run(fed, names).items():
-                        _add(collectors[name], name, values)
+                        with values_of(name):
+                            collectors[name].add(values)
                 self.progress(number)
 
 
@@ -126,14 +127,3 @@ def _sizes(session: Session, fed: Feeds, names: list[str]) -> Iterator[tuple[str
     for start in range(0, len(names), _UNKNOWN):
         for name, values in session.run(fed, names[start : start + _UNKNOWN]).items():
             yield name, values.nbytes
-
-
-def _add(collector: Collector, name: str, values: NDArray[Any]) -> None:
-    try:
-        collector.add(values)
-    except FloatingPointError as error:
-        raise ModelError(
-            f"the calibration data make {error}",
-            where=f"tensor '{name}'",
-            todo="run the model on these data by itself; a float16 model may overflow",
-        ) from error

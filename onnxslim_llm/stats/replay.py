@@ -19,12 +19,12 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from onnxslim_llm.errors import ModelError
 from onnxslim_llm.runtime.session import Session, open_session
-from onnxslim_llm.stats.calibration import Calibration, Feeds
+from onnxslim_llm.stats.calibration import Calibration
 from onnxslim_llm.stats.carry import Carry
 from onnxslim_llm.stats.collect import HELD_OUT_OF
 from onnxslim_llm.stats.moments import Moments
+from onnxslim_llm.stats.refused import values_of
 from onnxslim_llm.stats.segments import Segment, extract, plan_segments
 from onnxslim_llm.stats.sums import added_to
 from onnxslim_llm.stats.taps import Tap, find_taps
@@ -35,6 +35,7 @@ Array = NDArray[Any]
 
 #: Rows multiplied at a time, as in `Moments`.
 _PIECE = 1024
+_TODO = "leave recode_in_order away, or give the weights before it more bits with quantize_weights.scopes"
 
 
 @dataclass
@@ -214,7 +215,8 @@ class _Run:
                 available |= session.run({info.name: available[info.name] for info in session.inputs})
             for tensor, (fit, held) in sums.items():
                 rows = {w: (both[0][other], both[1][other]) for w, other in beside[tensor].items()}
-                _add(held if sample % HELD_OUT_OF == 1 else fit, tensor, both[0], both[1], rows)
+                with values_of(tensor, "with coded weights the calibration data", _TODO):
+                    (held if sample % HELD_OUT_OF == 1 else fit).add(both[0][tensor], both[1][tensor], rows)
             if segment.carried_out:
                 for carry, available in zip(self.carries, both, strict=True):
                     carry.store(number, sample, {name: available[name] for name in segment.carried_out})
@@ -236,16 +238,3 @@ def _changed(part: onnx.ModelProto, changed: Mapping[str, Array]) -> onnx.ModelP
             kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
             tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(changed[tensor.name], kind), tensor.name))
     return result
-
-
-def _add(
-    drift: Drift, tensor: str, was: Feeds, now: Feeds, beside: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]
-) -> None:
-    try:
-        drift.add(was[tensor], now[tensor], beside)
-    except FloatingPointError as error:
-        raise ModelError(
-            f"with coded weights the calibration data make {error}",
-            where=f"tensor '{tensor}'",
-            todo="leave recode_in_order away, or give the weights before it more bits with quantize_weights.scopes",
-        ) from error
