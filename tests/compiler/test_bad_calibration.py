@@ -195,7 +195,8 @@ def test_arrays_of_several_kinds_and_an_encoder(sample_dir: Path, model: Path, t
 def test_what_the_model_wrote_is_kept_for_a_compile_that_goes_on(
     sample_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onnxslim_llm.compiler.own_text.OWN_TOKENS", 64)
+    monkeypatch.setattr("onnxslim_llm.compiler.own_text.FEWEST_TOKENS", 64)
+    monkeypatch.setattr("onnxslim_llm.compiler.own_text.MOST_TOKENS", 64)
     monkeypatch.setattr("onnxslim_llm.compiler.calibration.WINDOW", 8)
     first = calibrator(sample_dir / "model.onnx", Path(SELF), tmp_path)
     assert first.statistics() is not None

@@ -17,7 +17,7 @@ from reference_decoder import DecoderSpec, build
 from onnxslim_llm import compiler
 from onnxslim_llm.artifact.manifest import Manifest
 from onnxslim_llm.compiler.calibration import Calibrator
-from onnxslim_llm.compiler.own_text import written_by
+from onnxslim_llm.compiler.own_text import token_count, written_by
 from onnxslim_llm.compiler.progress import Silent
 from onnxslim_llm.errors import ModelError, UsageError
 from onnxslim_llm.recipe import Recipe
@@ -84,7 +84,8 @@ NO_TEXT = {
 
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnxslim_llm.compiler.own_text.OWN_TOKENS", TOKENS)
+    monkeypatch.setattr("onnxslim_llm.compiler.own_text.FEWEST_TOKENS", TOKENS)
+    monkeypatch.setattr("onnxslim_llm.compiler.own_text.MOST_TOKENS", TOKENS)
     monkeypatch.setattr("onnxslim_llm.compiler.calibration.OWN_WINDOW", 16)
 
 
@@ -198,6 +199,7 @@ def test_asking_for_own_text_of_what_writes_none_is_an_error(tmp_path: Path) -> 
         _compiled(_saved(_not_finite(), tmp_path), tmp_path / "build", calib="self")
 
 
+@pytest.mark.slow
 def test_a_text_is_written_again_for_another_model(tmp_path: Path) -> None:
     made = []
     for seed in (0, 1):
@@ -216,3 +218,15 @@ def test_the_same_text_is_written_twice(tmp_path: Path) -> None:
     first, second = (written_by(DecoderRunner(open_session(source, threads=n)), 16, 64) for n in (1, 2))
     assert np.array_equal(first, second)
     assert first.shape == (32 * 16,)  # the rows of a batch are always finished
+
+
+@pytest.mark.parametrize(("ffn", "tokens"), [(64, 4096), (300, 4800), (2000, 16_384)])
+def test_the_widest_product_says_how_many_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ffn: int, tokens: int
+) -> None:
+    monkeypatch.setattr("onnxslim_llm.compiler.own_text.FEWEST_TOKENS", 4096)
+    monkeypatch.setattr("onnxslim_llm.compiler.own_text.MOST_TOKENS", 16_384)
+    source = _saved(build(replace(SPEC, ffn=ffn)), tmp_path)
+    assert token_count(source) == tokens
+    monkeypatch.setattr("onnxslim_llm.compiler.own_text._LARGE_BYTES", 1000)
+    assert token_count(source) == 4096

@@ -23,7 +23,8 @@ from onnxslim_llm.cli.run import run
 from onnxslim_llm.compiler import calibration, own_text
 
 kind, wanted, after, arguments = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:]
-own_text.OWN_TOKENS, calibration.OWN_WINDOW = 512, 16
+own_text.FEWEST_TOKENS = own_text.MOST_TOKENS = 512
+calibration.OWN_WINDOW = 16
 current, seen = "", 0
 stage, advance = TerminalProgress.stage, TerminalProgress.advance
 
