@@ -15,7 +15,14 @@ __all__ = ["command"]
 
 @click.command("compile")
 @click.argument("model", type=PATH)
-@click.option("-o", "--output", "out", metavar="DIR", type=PATH, help="The artifact's folder. [default: <stem>.slim]")
+@click.option(
+    "-o",
+    "--output",
+    "out",
+    metavar="DIR",
+    type=PATH,
+    help="The artifact's folder. [default: <stem>.slim; of model.onnx, <its folder>.slim]",
+)
 @click.option("--target", metavar="NAME", help="The runtime it is for; `targets` lists them.")
 @click.option("--recipe", metavar="NAME|FILE.toml", help="What to do; `passes` lists the presets. [default: by model]")
 @click.option("--set", "settings", metavar="PASS.OPTION=VALUE", multiple=True, help="Change an option of the recipe.")

@@ -6,9 +6,12 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["Output", "output_options", "to_json"]
 
@@ -39,18 +42,14 @@ class Output:
         if self.json:
             click.echo(to_json(data))
             return
-        from rich.console import Console
-
-        console = Console(highlight=False, soft_wrap=False)
+        console = _console(stderr=False)
         for renderable in renderables:
             console.print(renderable)
 
     def show(self, *renderables: Any) -> None:
         """Print tables to stderr, unless quiet."""
         if not self.quiet:
-            from rich.console import Console
-
-            console = Console(stderr=True, highlight=False)
+            console = _console(stderr=True)
             for renderable in renderables:
                 console.print(renderable)
 
@@ -58,6 +57,17 @@ class Output:
         """Print a remark to stderr, unless quiet."""
         if not self.quiet:
             click.echo(click.style("note: ", fg="cyan") + text, err=True)
+
+
+def _console(*, stderr: bool) -> Console:
+    """A console that leaves it to the caller what a reader that has gone means; rich would exit with 1."""
+    from rich.console import Console
+
+    class _Piped(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return _Piped(stderr=stderr, highlight=False, soft_wrap=False)
 
 
 def to_json(data: Any) -> str:

@@ -187,11 +187,12 @@ def test_an_interrupted_compile_points_to_resume(
     assert "--resume" in capsys.readouterr().err
 
 
-def test_a_reader_that_leaves_is_no_error(cli: Run) -> None:
+@pytest.mark.parametrize("options", [["--json"], []], ids=["json", "tables"])
+def test_a_reader_that_leaves_is_no_error(cli: Run, options: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     try:
-        done = cli("passes", "--json", stdout=writing, stderr=subprocess.PIPE, capture_output=False)
+        done = cli("passes", *options, stdout=writing, stderr=subprocess.PIPE, capture_output=False)
     finally:
         os.close(writing)
     assert done.returncode == 141
