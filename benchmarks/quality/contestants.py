@@ -86,7 +86,7 @@ SETTINGS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
 )  # fmt: skip
 #: Sizes that bits are shared out for, in bits per weight, by the target; graph and norms come on top.
 LADDER = {
-    "ort-cpu-ops": (3, 3.5, 4, 4.2, 4.4, 4.6, 4.7, 4.8, 5, 5.3, 5.6, 6, 6.4, 7, 7.5, 8.2, 8.6),
+    "ort-cpu-ops": (2.9, 3, 3.25, 3.5, 3.8, 4, 4.2, 4.4, 4.6, 4.7, 4.8, 5, 5.3, 5.6, 6, 6.4, 7, 7.5, 8.2, 8.6),
     "ort-cpu": (4.4, 6),
 }
 #: The same without data, and with text that the model writes itself.
