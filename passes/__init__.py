@@ -59,8 +59,8 @@ from onnxslim_llm.passes.qdq.quantize_dynamically import QuantizeDynamically
 from onnxslim_llm.passes.quantize.correct_biases import CorrectBiases
 from onnxslim_llm.passes.quantize.quantize_codebook import QuantizeCodebook
 from onnxslim_llm.passes.quantize.quantize_weights import QuantizeWeights
-from onnxslim_llm.passes.quantize.rotate_residual import RotateResidual
 from onnxslim_llm.passes.quantize.recode_in_order import RecodeInOrder
+from onnxslim_llm.passes.quantize.rotate_residual import RotateResidual
 from onnxslim_llm.passes.quantize.scale_channels import ScaleChannels
 from onnxslim_llm.passes.quantize.smooth_activations import SmoothActivations
 from onnxslim_llm.passes.quantize.tune_codes import TuneCodes
