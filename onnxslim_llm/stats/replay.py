@@ -45,7 +45,7 @@ class Drift:
     Attributes:
         size: K.
         moments: Of x~, with H~ = X~^T X~.
-        crossed: X~^T (X - X~) [K, K], float64.
+        crossed: X~^T (X - X~) [K, K], float32.
         beside: X~^T (R - R~) [K, N] by weight, where a tensor R is added to the product's output.
     """
 
@@ -56,7 +56,7 @@ class Drift:
 
     def __post_init__(self) -> None:
         self.moments = Moments(self.size)
-        self.crossed = np.zeros((self.size, self.size))
+        self.crossed = np.zeros((self.size, self.size), np.float32)
 
     def add(self, was: Array, now: Array, beside: Mapping[str, tuple[Array, Array]]) -> None:
         """Take in the rows of a sample: x and x~ [..., K], and by weight R and R~ [..., N].
@@ -72,8 +72,7 @@ class Drift:
             for weight, (before, after) in beside.items():
                 lost = (before.astype(np.float32) - after).reshape(-1, before.shape[-1])
                 if len(lost) == len(new):  # otherwise it is broadcast
-                    total = (new[part].T @ lost[part]).astype(np.float64)
-                    self.beside[weight] = self.beside.get(weight, 0.0) + total
+                    self.beside[weight] = self.beside.get(weight, 0.0) + new[part].T @ lost[part]
 
     def pull(self, name: str, columns: Array, part: slice) -> Array:
         """Return X~^T (Y - X~ W) [K, n]: which way the product's error falls when W moves.
@@ -83,10 +82,10 @@ class Drift:
             columns: Of W, float32 [K, n].
             part: Which ones.
         """
-        result: Array = self.crossed.astype(np.float32) @ columns
+        result: Array = self.crossed @ columns
         beside = self.beside.get(name)
         if beside is not None and beside[:, part].shape == result.shape:
-            result += beside[:, part].astype(np.float32)
+            result += beside[:, part]
         return result
 
 
