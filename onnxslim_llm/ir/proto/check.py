@@ -53,8 +53,6 @@ def check_graphs(graph: gs.Graph, functions: Sequence[gs.Function]) -> list[str]
         ModelError: It names the tensor or node.
     """
     notes: list[str] = []
-    if not graph.outputs:
-        raise ModelError("the graph has no output", where=f"graph '{graph.name}'", todo=_AGAIN)
     for scope in (graph, *functions):
         _check_graph(scope, frozenset(), notes)
     _check_calls(functions)
