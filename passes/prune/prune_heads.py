@@ -16,18 +16,18 @@ from onnxslim_llm.ir.shapes import infer_shapes
 from onnxslim_llm.ir.topology import sort_nodes
 from onnxslim_llm.passes.prune.heads.cut_heads import cut_heads
 from onnxslim_llm.passes.prune.heads.head_scores import Ranking, leave_out, rank_groups
+from onnxslim_llm.passes.prune.rows.refitted_rows import RefittedRows
 from onnxslim_llm.products.heads import HeadLayer, find_head_layers
 from onnxslim_llm.products.selection import compile_patterns
 from onnxslim_llm.rewrite.context import Context
-from onnxslim_llm.rewrite.passes import Change, Pass
-from onnxslim_llm.rewrite.stage import Stage
+from onnxslim_llm.rewrite.passes import Change
 from onnxslim_llm.stats.statistics import StoredMoments
 
 __all__ = ["PruneHeads"]
 
 
 @dataclass(frozen=True)
-class PruneHeads(Pass):
+class PruneHeads(RefittedRows):
     """Leave out heads of attentions, and fit the rows that are left behind them to what all heads computed.
 
     A key head goes together with all query heads that read it, and with its place in the KV cache: files, caches,
@@ -60,21 +60,12 @@ class PruneHeads(Pass):
     """
 
     name: ClassVar[str] = "prune_heads"
-    group: ClassVar[str] = "prune"
-    lossless: ClassVar[bool] = False
-    structural: ClassVar[bool] = True
-    stage: ClassVar[Stage] = Stage.PRUNE
 
-    share: float = 0.25
     keep: int = 0
     uniform: bool = True
-    refit: bool = True
-    exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share < 1:
-            what = f"share = {self.share} is not possible"
-            raise UsageError(what, where=self.name, todo="choose at least 0 and less than 1, such as 0.25")
+        super().__post_init__()
         if self.keep < 0:
             raise UsageError(
                 f"keep = {self.keep} is not possible", where=self.name, todo="choose 0 (use share) or more"
@@ -82,22 +73,6 @@ class PruneHeads(Pass):
         if self.keep and not self.uniform:
             what = "keep says how many heads stay in each attention, and uniform=false that this may differ"
             raise UsageError(what, where=self.name, todo="use share with uniform=false")
-        compile_patterns(self.exclude, f"{self.name}.exclude")
-
-    @property
-    def wants_statistics(self) -> bool:
-        """Whether calibration data are needed."""
-        return self.refit
-
-    def requires(self, model: Model, context: Context) -> None:
-        """Check that there are data where they are needed.
-
-        Raises:
-            UsageError: There are none.
-        """
-        if self.wants_statistics:
-            what = "what is left cannot be fitted without calibration data"
-            context.need_statistics(what, self.name, "set refit=false")
 
     def apply(self, model: Model, context: Context) -> Change:
         """Choose the heads; the weights are cut and fitted at save.

@@ -15,11 +15,11 @@ from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.ir.weights.jobs import derive
 from onnxslim_llm.passes.prune.rows.cut_channels import cut_channels
 from onnxslim_llm.passes.prune.rows.refit_rows_job import RefitRowsJob
+from onnxslim_llm.passes.prune.rows.refitted_rows import RefittedRows
 from onnxslim_llm.products.hidden import HiddenLayer, find_hidden_layers
 from onnxslim_llm.products.selection import compile_patterns
 from onnxslim_llm.rewrite.context import Context
-from onnxslim_llm.rewrite.passes import Change, Pass
-from onnxslim_llm.rewrite.stage import Stage
+from onnxslim_llm.rewrite.passes import Change
 from onnxslim_llm.stats.curvature import inverse_factor
 from onnxslim_llm.stats.statistics import StoredMoments
 from onnxslim_llm.stats.transforms import Kept
@@ -30,7 +30,7 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
-class PruneNeurons(Pass):
+class PruneNeurons(RefittedRows):
     """Leave out hidden channels of feed-forward layers, and fit the rows that are left to what all of them computed.
 
     Files, memory and time shrink with the share, in every runtime: no kernel needs to know of zeros.
@@ -56,38 +56,13 @@ class PruneNeurons(Pass):
     """
 
     name: ClassVar[str] = "prune_neurons"
-    group: ClassVar[str] = "prune"
-    lossless: ClassVar[bool] = False
-    structural: ClassVar[bool] = True
-    stage: ClassVar[Stage] = Stage.PRUNE
 
-    share: float = 0.25
     align: int = 32
-    refit: bool = True
-    exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share < 1:
-            what = f"share = {self.share} is not possible"
-            raise UsageError(what, where=self.name, todo="choose at least 0 and less than 1, such as 0.25")
+        super().__post_init__()
         if self.align < 1:
             raise UsageError(f"align = {self.align} is not possible", where=self.name, todo="choose 1 or more")
-        compile_patterns(self.exclude, f"{self.name}.exclude")
-
-    @property
-    def wants_statistics(self) -> bool:
-        """Whether calibration data are needed."""
-        return self.refit
-
-    def requires(self, model: Model, context: Context) -> None:
-        """Check that there are data where they are needed.
-
-        Raises:
-            UsageError: There are none.
-        """
-        if self.wants_statistics:
-            what = "what is left cannot be fitted without calibration data"
-            context.need_statistics(what, self.name, "set refit=false")
 
     def apply(self, model: Model, context: Context) -> Change:
         """Choose the channels; the weights are cut and fitted at save."""
