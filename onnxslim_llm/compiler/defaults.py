@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,9 @@ __all__ = ["LARGE_MATMUL_ELEMENTS", "default_output", "default_recipe", "remedy_
 
 #: A model without a MatMul weight of this many elements gains nothing from few bits: scales and graph outweigh it.
 LARGE_MATMUL_ELEMENTS = 16_384
+_RANDOM = frozenset(
+    ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
+)
 
 
 def default_output(model: Path) -> Path:
@@ -42,14 +46,18 @@ def default_recipe(model: Model, target: Target | None = None) -> tuple[Recipe, 
     return Recipe.load("int4"), "recipe 'int4': the default for decoders"
 
 
-def remedy_of(recipe: Recipe, target: Target, *, with_data: bool) -> str:
+def remedy_of(recipe: Recipe, target: Target, *, with_data: bool, operators: Collection[str] = ()) -> str:
     """Return what to try where an artifact missed its gates.
 
     Args:
         recipe: That it was made with.
         target: Where it runs.
         with_data: Whether the user gave calibration data.
+        operators: Of the source.
     """
+    random = sorted(_RANDOM.intersection(operators))
+    if random:
+        return f"the model draws random numbers ({', '.join(random)}): --verify off compiles without comparing runs"
     if all(step.group != "qdq" for step in recipe.build()):
         return "a gentler recipe (int8), a smaller block or more bits for the worst layers may pass"
     if not with_data:

@@ -220,7 +220,9 @@ def compile(  # noqa: A001
         )
         if manifest.failed_gates:
             guilty = next((plan.judge.guilty for plan in plans if plan.judge.guilty), str(path))
-            raise _gate_error(manifest, staging, guilty, remedy_of(chosen, goal, with_data=given is not None))
+            operators = manifest.source.ops
+            remedy = remedy_of(chosen, goal, with_data=given is not None, operators=operators)
+            raise _gate_error(manifest, staging, guilty, remedy)
         _write_report(manifest, staging.directory)
         return CompileResult(staging.publish(), manifest)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from e2e_checks import Outcome, nothing_left, refused, same_results, session, whole
-from e2e_models import HOPELESS, decoder, mlp, qdq, save
+from e2e_models import HOPELESS, decoder, from_text, mlp, qdq, save
 
 Cli = Callable[..., Outcome]
 
@@ -390,6 +390,14 @@ def test_too_few_bits_miss_the_gate(here: Cli, tmp_path: Path, tiny: Path, targe
     assert str(gate["value"])[:4] in parts["what"]  # the figure itself, not only its name
     assert "build.failed.json" in parts["to do"]
     nothing_left(tmp_path, "build.failed.json")
+
+
+def test_a_model_that_draws_random_numbers(here: Cli, tmp_path: Path) -> None:
+    """No two runs agree, whatever the recipe: what to do is not to try others."""
+    text = "agraph (float[64] x) => (float[64] y) { r = RandomNormalLike (x)  y = Add (x, r) }"
+    save(from_text(text), tmp_path / "model.onnx")
+    parts = refused(here("compile", "model.onnx", "-o", "build"), 4, "random numbers (RandomNormalLike)")
+    assert "--verify off" in parts["to do"]
 
 
 def test_a_missed_gate_leaves_the_old_artifact(here: Cli, tmp_path: Path, tiny: Path) -> None:
