@@ -17,7 +17,14 @@ from onnxslim_llm.concepts.activation import GELU, GELU_TANH, SWISH
 from onnxslim_llm.ir.ownership import is_overridable
 from onnxslim_llm.ir.weights import weight_of
 from onnxslim_llm.ir.weights.sparse import SparseWeight
-from onnxslim_llm.products.reads import QUANTIZED, k_axis_of, product_reason, quantized_source, read_weight
+from onnxslim_llm.products.reads import (
+    QUANTIZED,
+    k_axis_of,
+    product_reason,
+    quantized_operand,
+    quantized_source,
+    read_weight,
+)
 from onnxslim_llm.rewrite.constants import constant_tensor
 from onnxslim_llm.rewrite.engine import graph_output_ids
 from onnxslim_llm.rewrite.schema import normal_domain
@@ -113,6 +120,8 @@ def find_hidden_layers(model: Model, change: Change) -> list[HiddenLayer]:
     uses: Counter[Hashable] = Counter(weight_of(c).storage_key for c in model.constants())
     found = []
     for node in model.graph.nodes:
+        if (codes := quantized_operand(node)) is not None:
+            change.skip(codes.name, QUANTIZED)
         if normal_domain(node.domain) != "" or node.op not in ("MatMul", "Gemm") or len(node.inputs) < 2:
             continue
         read = read_weight(node.inputs[1])

@@ -17,11 +17,21 @@ __all__ = [
     "gather_reason",
     "k_axis_of",
     "product_reason",
+    "quantized_operand",
     "quantized_source",
     "read_weight",
 ]
 
-#: Why a weight that `quantized_source` finds is left alone.
+#: Operators that compute with codes, and which input these are.
+_CODES = {
+    ("", "MatMulInteger"): 1,
+    ("", "QLinearMatMul"): 3,
+    ("com.microsoft", "DynamicQuantizeMatMul"): 1,
+    ("com.microsoft", "GatherBlockQuantized"): 0,
+    ("com.microsoft", "MatMulIntegerToFloat"): 1,
+    ("com.microsoft", "MatMulNBits"): 1,
+}
+#: Why a weight that `quantized_source` or `quantized_operand` finds is left alone.
 QUANTIZED = "it is quantized already"
 
 
@@ -80,6 +90,12 @@ def quantized_source(tensor: gs.Tensor) -> gs.Tensor | None:
             return None
         tensor = producer.inputs[0]
     return None
+
+
+def quantized_operand(node: gs.Node) -> gs.Tensor | None:
+    """Return the codes that a product or look-up with quantized weights holds, or None if it is none of these."""
+    index = _CODES.get((normal_domain(node.domain), node.op))
+    return node.inputs[index] if index is not None and len(node.inputs) > index else None
 
 
 def k_axis_of(node: gs.Node, transposed: bool) -> int:

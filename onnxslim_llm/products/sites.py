@@ -20,6 +20,7 @@ from onnxslim_llm.products.reads import (
     gather_reason,
     k_axis_of,
     product_reason,
+    quantized_operand,
     quantized_source,
     read_weight,
 )
@@ -105,6 +106,8 @@ def find_groups(model: Model, change: Change) -> list[WeightGroup]:
         for node in graph.nodes:
             if normal_domain(node.domain) == "" and node.op in ("MatMul", "Gemm", "Gather"):
                 search.visit(node, graph)
+            elif (codes := quantized_operand(node)) is not None:
+                change.skip(codes.name, QUANTIZED)
     for function in model.functions:
         for node in function.nodes:
             if node.op == "Constant" and _is_matrix(node.attrs.get("value")):

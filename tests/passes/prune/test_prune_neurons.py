@@ -158,11 +158,12 @@ def test_a_weight_with_two_uses_stays() -> None:
     assert skipped(record)["D"] == "'U' has several uses"
 
 
-def test_quantized_weights_are_named() -> None:
+@pytest.mark.parametrize("lowering", ["lower_portable", "lower_ort_cpu"])
+def test_quantized_weights_are_named(lowering: str) -> None:
     quantized = Pipeline([QuantizeWeights(bits=8, block=16, min_elements=0)])
     model = model_of(gated())
     quantized.run(model)
-    Pipeline("lower_portable").run(model)
+    Pipeline(lowering).run(model)
     (record,) = Pipeline([PruneNeurons(share=0.5, refit=False)]).run(model)
     assert not record.changed
     assert len(record.skipped) == 3
