@@ -33,7 +33,7 @@ WORKING_BYTES = 32 << 20
 #: Bytes of weights in sessions that are open at a time, which take about twice as much memory.
 _OPEN_BYTES = 256 << 20
 #: Weights that one run reads: several, so that the time of the run itself, which is subtracted, is little of it.
-_MOST_COPIES, _LEAST_COPIES = 32, 4
+_MOST_COPIES, _LEAST_COPIES = 128, 4
 #: Single weights with more bytes take long enough.
 _LARGE_WEIGHT = 4 << 20
 #: Rows of tables that are only looked up in: a look-up reads one of them, however many there are.
