@@ -40,6 +40,7 @@ class RecodeInOrder(Pass):
         - another pass has changed it: rotated, folded, pruned, split;
         - the codes are no recorded work of one weight: stored already, packed with others; or they were tuned;
         - products in a branch read them;
+        - the calibration data have fewer than eight rows for each channel of its input;
         - the held-out samples are no better in any column.
     """
 

@@ -121,6 +121,17 @@ def test_a_weight_that_another_pass_has_changed_stays(tmp_path: Path) -> None:
     assert {s.where: s.reason for s in change.skipped}["W"] == "a pass before has changed the weight"
 
 
+def test_few_rows_change_nothing(tmp_path: Path) -> None:
+    context = _context(tmp_path, _source())
+    context.replayer = SourceReplayer(tmp_path / "source.onnx", lambda: _samples(1, count=4), tmp_path / "replay")
+    model = from_proto(_source())
+    Pipeline([QuantizeWeights(**QUANTIZER)]).run(model, context)
+    change = RecodeInOrder().apply(model, context)
+    reasons = {skipped.where: skipped.reason for skipped in change.skipped}
+    assert reasons["U"] == f"{3 * ROWS} rows of calibration data are too few for {N} channels"
+    assert "U" not in change.sites
+
+
 def test_without_data_everything_stays() -> None:
     model = from_proto(_source())
     Pipeline([QuantizeWeights(**{**QUANTIZER, "method": "search"})]).run(model, Context())
