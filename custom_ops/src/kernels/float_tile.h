@@ -88,11 +88,10 @@ template <int32_t kBits>
 static inline void float_few_rows_any(const PackedWeight& w, const uint8_t* strip, const float* a, int32_t rows,
                                       float* sums) {
     using Rows = void (*)(const PackedWeight&, const uint8_t*, const float*, int32_t, float*);
-    static constexpr Rows kRows[kFewFloatRows][2] = {
-        {float_few_rows<kBits, 1, false>, float_few_rows<kBits, 1, true>},
-        {float_few_rows<kBits, 2, false>, float_few_rows<kBits, 2, true>},
-        {float_few_rows<kBits, 3, false>, float_few_rows<kBits, 3, true>},
-        {float_few_rows<kBits, 4, false>, float_few_rows<kBits, 4, true>}};
+    static constexpr Rows kRows[kFewFloatRows][2] = {{float_few_rows<kBits, 1, false>, float_few_rows<kBits, 1, true>},
+                                                     {float_few_rows<kBits, 2, false>, float_few_rows<kBits, 2, true>},
+                                                     {float_few_rows<kBits, 3, false>, float_few_rows<kBits, 3, true>},
+                                                     {float_few_rows<kBits, 4, false>, float_few_rows<kBits, 4, true>}};
     kRows[rows - 1][w.scheme.zero_points](w, strip, a, rows, sums);
 }
 
