@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +12,8 @@ from onnxslim_llm.errors import ResourceError
 
 __all__ = ["as_resource_error", "resource_errors"]
 
+#: What numpy says of a write that the disk had no room for: its error has no number.
+_CUT_WRITE = re.compile(r"\d+ requested and \d+ written")
 _FREE_SPACE = "free some space and run the same command again with --resume"
 _TODO = {
     errno.ENOSPC: _FREE_SPACE,
@@ -31,8 +35,8 @@ def as_resource_error(error: OSError | MemoryError, where: str = "") -> Resource
         return ResourceError(
             "out of memory", where=where, todo="use fewer --jobs or a lower --memory-limit, then --resume"
         )
-    code = error.errno or 0
-    reason = error.strerror or str(error) or type(error).__name__
+    code = error.errno or (errno.ENOSPC if _CUT_WRITE.fullmatch(str(error)) else 0)
+    reason = error.strerror or (os.strerror(code) if code else "") or str(error) or type(error).__name__
     return ResourceError(
         reason[:1].lower() + reason[1:],
         where=str(error.filename or where),

@@ -247,12 +247,14 @@ class Calibrator:
         return calibration
 
     def _written(self, runner: DecoderRunner, window: int) -> Tokens:
-        self.progress.stage("calibrate: the model writes", None, "tokens")
+        file = self.folder / f"written-{self._identity()[:16]}.npy"
+        if not file.is_file():
+            self.progress.stage("calibrate: the model writes", None, "tokens")
         return own_text(
             runner,
             window,
             token_count(self.source),
-            self.folder / f"written-{self._identity()[:16]}.npy",
+            file,
             lambda done, of: self.progress.advance(done, f"{done} of {of}"),
         )
 

@@ -33,7 +33,7 @@ from onnxslim_llm.compiler.observation import text_of_steps
 from onnxslim_llm.compiler.pair import check_pair
 from onnxslim_llm.compiler.progress import Progress, Silent
 from onnxslim_llm.compiler.verification import Judge
-from onnxslim_llm.errors import GateError, UsageError
+from onnxslim_llm.errors import GateError, ModelError, UsageError
 from onnxslim_llm.ir.model import open_model
 from onnxslim_llm.ir.proto.external import resolve_model_path
 from onnxslim_llm.recipe import Recipe
@@ -146,6 +146,9 @@ def compile(  # noqa: A001
     ):
         progress.stage("open")
         model = open_model(path)
+        if not model.graph.outputs:  # all of it would be dead code
+            where = f"graph '{model.graph.name}'"
+            raise ModelError("the graph has no output", where=where, todo="the model is invalid: export it again")
         account.opened(model)
         check_opset(goal, opset, model.opset())
         graphs = parse_graphs(shape)

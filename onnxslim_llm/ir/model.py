@@ -259,11 +259,7 @@ def open_model(path: str | Path) -> Model:
     """
     file = resolve_model_path(path)
     proto, inline = parse_file(file)
-    model = _build(proto, TensorReader(ExternalFiles(file.parent, file), inline), file)
-    if not model.graph.outputs:  # one in memory may be under construction
-        where = f"graph '{model.graph.name}'"
-        raise ModelError("the graph has no output", where=where, todo="the model is invalid: export it again")
-    return model
+    return _build(proto, TensorReader(ExternalFiles(file.parent, file), inline), file)
 
 
 def _build(proto: onnx.ModelProto, tensors: TensorReader, path: Path | None) -> Model:

@@ -153,7 +153,8 @@ def test_decoders(here: Cli, tmp_path: Path, name: str, recipe: str, target: str
 )
 def test_decoders_are_verified_as_decoders(here: Cli, tmp_path: Path, name: str, target: str) -> None:
     source = save(decoder(**DECODERS[name]), tmp_path / "decoder.onnx")
-    done = here("compile", source, "-o", "build", "--target", target)
+    bits = ("--set", "quantize_weights.target_bits=6")  # random weights lose more than trained ones
+    done = here("compile", source, "-o", "build", "--target", target, *bits)
     assert done.code == 0, done.err
     assert "recipe 'int4': the default for decoders" in done.err
     verify = whole(tmp_path / "build")["verify"]
@@ -167,13 +168,14 @@ def test_decoders_are_verified_as_decoders(here: Cli, tmp_path: Path, name: str,
 
 @pytest.mark.parametrize("external", [False, True], ids=["inline", "external"])
 def test_inline_and_external_weights_give_the_same_artifact(here: Cli, tmp_path: Path, external: bool) -> None:
+    cheap = ("--recipe", "int4-fast", "--verify", "off")
     model = decoder(tied="transpose", vocab=1024)
     for tensor in model.graph.initializer:  # one form for all: typed fields of inline tensors are kept as they are
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
     inline = save(model, tmp_path / "inline" / "m.onnx")
-    assert here("compile", inline, "-o", "expected", "--verify", "off").code == 0
+    assert here("compile", inline, "-o", "expected", *cheap).code == 0
     source = save_external(model, tmp_path / "other" / "m.onnx") if external else save(model, tmp_path / "other/m.onnx")
-    assert here("compile", source, "-o", "build", "--verify", "off").code == 0
+    assert here("compile", source, "-o", "build", *cheap).code == 0
     whole(tmp_path / "build")
     assert model_bytes(tmp_path / "build") == model_bytes(tmp_path / "expected")
 

@@ -201,7 +201,8 @@ def test_statistics_are_collected_once(model: Path, tmp_path: Path) -> None:
     options = {"settings": ["prune_weights.method=wanda"], "calib": model / "calib.txt", "recipes": ["safe"]}
     points = run(model, tmp_path / "out", grid=grid, progress=told, **options).record.points
     assert [p.status for p in points] == ["ok", "ok"]
-    advanced = [(str(name).split(" ")[0], times) for name, times in told.stages if str(name).endswith(" calibrate")]
+    collected = [(str(name), times) for name, times in told.stages if str(name).endswith(" calibrate: statistics")]
+    advanced = [(name.split(" ")[0], times) for name, times in collected]
     assert [number for number, _ in advanced] == ["1/2", "2/2"]
     assert advanced[0][1] > 0
     assert advanced[1][1] == 0

@@ -53,6 +53,7 @@ def test_swish_becomes_a_product() -> None:
 def test_the_whole_lowering_leaves_nothing_that_htp_lacks(sample_dir: Path) -> None:
     """Fixed sizes, concepts apart, no booleans behind the mask, the same logits."""
     from onnxslim_llm.targets import get_target
+    from onnxslim_llm.targets.htp_integers import FLOAT_OPERATOR
 
     model = open_model(sample_dir / "model.onnx")
     steps = [
@@ -61,7 +62,8 @@ def test_the_whole_lowering_leaves_nothing_that_htp_lacks(sample_dir: Path) -> N
         *Pipeline(get_target("qnn-htp").lowering.replace("tables,", "tables{positions=8, max_share=1.0},")).passes,
     ]
     Pipeline(steps).run(model)
-    assert get_target("qnn-htp").lint(model) == []
+    left = {violation.rule for violation in get_target("qnn-htp").lint(model)}
+    assert left <= {FLOAT_OPERATOR}  # nothing is quantized here
     ops = model.census()
     assert not {"Where", "And", "Or", "Shape", "Range", "Sin", "Cos"} & set(ops)
     assert ops["RMSNormalization"] == 11
