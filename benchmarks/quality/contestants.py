@@ -97,7 +97,7 @@ LADDER_TUNED = (3.5, 4, 4.4, 4.7)
 #: The preset that makes of every model of the table what int4 makes: none is too large for that one.
 _SHOWN_AS_INT4 = "int4-probed"
 #: Encoders are measured at these sizes only.
-_ENCODER_SIZES = (4.4, 6, 8.2)
+_ENCODER_SIZES = (4.4, 6, 7.5, 8.2)
 
 
 def ours(extra: tuple[tuple[str, str, tuple[str, ...], str], ...] = ()) -> Iterator[Contestant]:
