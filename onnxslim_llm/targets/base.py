@@ -55,6 +55,7 @@ class Target:
         domains: Operator domains that artifacts may use; "" is ai.onnx.
         min_opset, max_opset: Range of the ai.onnx version.
         weight_bits: Widths of quantized weights that artifacts can store.
+        fast_bits: Those among them that the runtime has fast kernels for; none: all of them.
         needs_operators: Artifacts need the project's own operator library.
         session_config: Session options that an artifact is opened with, and that deployments should use.
         qdq: What the target computes on integers; None where activations always stay float.
@@ -74,6 +75,7 @@ class Target:
     min_opset: int = 1
     max_opset: int = 26  # what onnxruntime 1.31 opens
     weight_bits: tuple[int, ...] = ()
+    fast_bits: tuple[int, ...] = ()
     needs_operators: bool = False
     session_config: Mapping[str, str] = field(default_factory=dict)
     qdq: QdqRules | None = None

@@ -21,5 +21,6 @@ ORT_CPU = Target(
     domains=("", "com.microsoft"),
     min_opset=1,
     weight_bits=(2, 4, 8),
+    fast_bits=(4, 8),
     qdq=PRODUCT_RULES,
 )

@@ -18,6 +18,7 @@ PORTABLE = Target(
     domains=("",),
     min_opset=1,
     weight_bits=(2, 4, 8),
+    fast_bits=(4, 8),
     # ONNX Runtime's own default, spelled out because verification must see what deployment gives: activations of fused
     # products are rounded to int8 per block. "1" would compute in float32: exact, but half as fast with 4 bits and far
     # slower with 8, for which there is no float kernel.

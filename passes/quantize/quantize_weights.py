@@ -13,6 +13,7 @@ from onnxslim_llm.errors import UsageError
 from onnxslim_llm.ir.model import Model
 from onnxslim_llm.ir.opset import convert_opset
 from onnxslim_llm.ir.shapes import infer_shapes
+from onnxslim_llm.passes.quantize.bits.fast_forms import fast_forms
 from onnxslim_llm.passes.quantize.bits.limits import Limits
 from onnxslim_llm.passes.quantize.bits.mixed_precision import FORMS, Demand, share_out
 from onnxslim_llm.passes.quantize.bits.speed import times_of
@@ -112,7 +113,8 @@ class QuantizeWeights(Pass):
             which takes a minute or two; the times and their sum are in the manifest.
         times: A manifest.json with times that were measured before, perhaps elsewhere: the choice is made by these, and
             comes out the same again.
-        widths: Bits that weights may get by `target_bits` and `target_ms`; default: all that the target can store.
+        widths: Bits that weights may get by `target_bits` and `target_ms`; default: all that the target can store, or
+            with `target_bits` alone those that its runtime has fast kernels for, where these fit.
         scale_dtype: Type that scales are stored in: "activation" is that of the activations; "float16" saves
             16 / block bits a weight, and the runtime converts them when it loads the model. Weights whose scales
             float16 cannot hold get the other.
@@ -293,6 +295,9 @@ class QuantizeWeights(Pass):
             return [(demand.group, demand.schemes[0], {}) for demand in demands]
         known = context.statistics if self.wants_statistics else None
         limits = Limits(self.target_bits if self._bits_count(context) else 0.0, self.target_ms)
+        fast = context.target.fast_bits if context.target else ()
+        if limits.bits and not self.target_ms and not self.widths:
+            demands = fast_forms(demands, fast, limits, storage_of(context.target))
         times = None
         if self.target_ms and demands:
             times = times_of([(d.group, d.schemes) for d in demands], context, self.times, self.name)

@@ -74,7 +74,7 @@ def test_gains_tell_which_errors_matter(context: Context) -> None:
 
 
 def test_what_matters_less_gets_fewer_bits(context: Context) -> None:
-    _, change = _run(context, method="calibrated", target_bits=5.5)
+    _, change = _run(context, method="calibrated", target_bits=5.5, widths=(2, 4, 8))
     bits = {entry["name"]: entry["bits"] for entry in change.detail["tensors"]}
     assert bits["D"] < min(bits[name] for name in "ABC")
     entry = change.detail["tensors"][0]
@@ -108,6 +108,16 @@ def test_scopes_hold(context: Context) -> None:
     scopes = ({"match": "^A$", "bits": 8},)
     _, change = _run(context, method="calibrated", target_bits=5.5, scopes=scopes)
     assert {entry["name"]: entry["bits"] for entry in change.detail["tensors"]}["A"] == 8
+
+
+@pytest.mark.parametrize(("target_bits", "only_fast"), [(6.5, True), (3.5, False)])
+def test_widths_without_a_fast_kernel_are_for_limits_that_need_them(
+    context: Context, target_bits: float, only_fast: bool
+) -> None:
+    assert context.target is not None
+    _, change = _run(context, method="calibrated", target_bits=target_bits)
+    found = {entry["bits"] for entry in change.detail["tensors"]}
+    assert (found <= set(context.target.fast_bits)) == only_fast
 
 
 def test_too_few_bits_are_refused(context: Context) -> None:
