@@ -15,8 +15,8 @@ __all__ = ["fast_forms"]
 def fast_forms(demands: Sequence[Demand], fast_bits: Collection[int], limits: Limits, storage: Storage) -> list[Demand]:
     """Return the demands with forms of the fast widths only; as they are if those do not fit into the limit.
 
-    A weight in a form without a kernel can cost more time than all the others save: with 2 bits for some weights the sample
-    model decoded at less than half of its speed with 4 and 8.
+    A weight in a form without a kernel can cost more time than all the others save: with 2 bits for some weights the
+    sample model decoded at less than half of its speed with 4 and 8.
 
     Args:
         demands: The weights; one that has no other form keeps what it has.
